@@ -27,6 +27,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_jitter_noise": 0.0}
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,24 @@ CASES = [
             "tie_word_embeddings": False,
         },
     ),
+    Case("mixtral", "mixtral", {**EXPERTS, "num_local_experts": 5, "num_key_value_heads": 2}),
+    Case("mixtral-window", "mixtral", {**EXPERTS, "num_local_experts": 4, "sliding_window": 7, "head_dim": 20}),
+    Case("qwen3-moe", "qwen3_moe", {**EXPERTS, "num_experts": 6, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    Case("qwen3-moe-odd-width", "qwen3_moe", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 23}),
+    Case(
+        "qwen3-moe-window",
+        "qwen3_moe",
+        {**EXPERTS, "num_experts": 8, "use_sliding_window": True, "sliding_window": 6, "decoder_sparse_step": 2},
+    ),
     Case("mistral-window-as-long", "mistral", {"sliding_window": 17, "tie_word_embeddings": True}),
 ]
 
 QUICK = {
     "llama-mqa-tied", "llama-biases", "llama3-scaling", "qwen2", "qwen2-window", "qwen3-wide-heads-tied",
     "mistral-window", "mistral-window-1", "olmo2-gqa-tied", "olmo3", "olmo3-yarn-types-and-amplitude", "gemma3",
-    "gemma3-scaled",
+    "gemma3-scaled", "mixtral-window", "qwen3-moe", "qwen3-moe-odd-width",
 }  # fmt: skip
-"""Each family, and each kind of heads, of windows, of rotary scaling and of ties."""
+"""Each family, and each kind of heads, of windows, of rotary scaling, of experts and of ties."""
 
 
 @pytest.fixture(
@@ -145,7 +155,7 @@ def pair(case: Case) -> tuple[DecoderLM, nn.Module]:
     )
 
     state = theirs.state_dict()
-    assert list(ours.state_dict()) == list(state)
+    assert ours.state_dict().keys() == state.keys()
     ours.load_state_dict(state)
 
     return ours, theirs
@@ -230,7 +240,7 @@ def test_greedy_continuation_of_a_padded_batch(both: tuple[DecoderLM, nn.Module]
     assert torch.equal(ours.generate(ids, max_new_tokens=20, eos_id=ends, attention_mask=mask), ended)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "mixtral"])
 @torch.no_grad()
 def test_half_precision(model_type: str) -> None:
     """In bfloat16 the order of casts shows: with the same order the difference is that of summation alone."""
@@ -243,7 +253,11 @@ def test_half_precision(model_type: str) -> None:
     assert relative_difference(found, exact) <= 1.5 * relative_difference(expected, exact)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[12], CASES[16]], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [CASES[1], CASES[4], CASES[12], CASES[16], *(case for case in CASES if case.id in ("mixtral", "qwen3-moe"))],
+    ids=lambda case: case.id,
+)
 def test_gradients(case: Case) -> None:
     ours, theirs = pair(case)
     ids = tokens(2, 9)

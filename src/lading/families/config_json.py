@@ -174,6 +174,16 @@ class ConfigReader:
 
         return value
 
+    def indices(self, key: str, default: None = None) -> list[int]:
+        """Read a list of integers that are not negative; null means an empty one."""
+        value = self._get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
+            self.mismatch(key, "a list of integers that are not negative")
+
+        return value
+
     def strings(self, key: str) -> list[str] | None:
         """Read a list of strings, or null."""
         value = self._get(key)

@@ -128,19 +128,27 @@ def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
         "q_norm": Split.HEADS,
         "k_norm": Split.HEADS,
     }
-    divisible = {"num_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim}
+    divisible = {"num_attn_heads": spec.num_attn_heads}
     if spec.norm_whole:
         # A normalization over all heads needs all of them on each rank.
         attention = dict.fromkeys(attention, Split.REPLICATED)
         del divisible["num_attn_heads"]
 
+    ffn: dict[str, Split] = {}
+    if any(spec.experts_of(i) is None for i in range(spec.num_layers)):
+        ffn |= _gated("mlp")
+        divisible["ffn_inner_dim"] = spec.ffn_inner_dim
+    if spec.experts is not None:
+        ffn |= {"mlp.experts": Split.EXPERTS, f"mlp.{spec.experts.router_name}": Split.REPLICATED}
+        if spec.experts.shared_inner_dim is not None:
+            ffn |= _gated(f"mlp.{spec.experts.shared_name}")
+            divisible["shared_inner_dim"] = spec.experts.shared_inner_dim
+
     return ParallelPlan(
         tensor={
             "model.embed_tokens": Split.VOCABULARY,
             **{f"{layer}.self_attn.{name}": split for name, split in attention.items()},
-            f"{layer}.mlp.gate_proj": Split.COLUMN,
-            f"{layer}.mlp.up_proj": Split.COLUMN,
-            f"{layer}.mlp.down_proj": Split.ROW,
+            **{f"{layer}.{name}": split for name, split in ffn.items()},
             f"{layer}.input_layernorm": Split.REPLICATED,
             f"{layer}.post_attention_layernorm": Split.REPLICATED,
             f"{layer}.pre_feedforward_layernorm": Split.REPLICATED,
@@ -150,6 +158,7 @@ def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
         },
         divisible=divisible,
         num_key_value_heads=spec.num_key_value_heads,
+        num_experts=1 if spec.experts is None else spec.experts.num_experts,
         units=(layer,),
         stages=Stages(
             layers=layer,
@@ -158,6 +167,11 @@ def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
             last=("model.norm", "lm_head"),
         ),
     )
+
+
+def _gated(name: str) -> dict[str, Split]:
+    """Return the splits of a gated feed-forward network."""
+    return {f"{name}.gate_proj": Split.COLUMN, f"{name}.up_proj": Split.COLUMN, f"{name}.down_proj": Split.ROW}
 
 
 # --- keys of config.json ----------------------------------------------------------------------------------------------
@@ -185,23 +199,35 @@ SILU: Final = same_for_all("hidden_act", "silu", "swish")
 
 ROPE_KEYS: Final = ("rope_theta", "rope_scaling", "rope_parameters")
 
-PLAIN_ROPE: Final = KeyGroup(
-    ROPE_KEYS,
-    lambda reader, earlier: {"rope_theta": read_rope(reader)[0]},
-    lambda config: {"rope_theta": config.rope_theta},
-)
-"""Rotary frequencies that are not scaled, the same in all layers."""
+
+def plain_rope(theta: float) -> KeyGroup:
+    """Return the entry of rotary frequencies that are not scaled, the same in all layers.
+
+    :param theta: the base where the file states none.
+    """
+    return KeyGroup(
+        ROPE_KEYS,
+        lambda reader, earlier: {"rope_theta": read_rope(reader, theta=theta)[0]},
+        lambda config: {"rope_theta": config.rope_theta},
+    )
+
+
+PLAIN_ROPE: Final = plain_rope(10_000.0)
+"""These frequencies, with the base that is the default of most models."""
 
 LayerType = Literal["sliding_attention", "full_attention"]
 """The kind of attention in a layer, with or without a window."""
 
 
-def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[float, ConfigReader | None]:
+def read_rope(
+    reader: ConfigReader, scaling_type: str | None = None, *, theta: float = 10_000.0
+) -> tuple[float, ConfigReader | None]:
     """Return the base of the rotary frequencies, and the keys of their scaling if there is one.
 
     Understands ``rope_parameters`` and what came before transformers 5: ``rope_theta`` with ``rope_scaling``.
 
     :param scaling_type: the one that the family supports.
+    :param theta: the default base.
 
     :raises NotSupportedError: another type, parameters by kind of layer, or rotary embeddings of a part of each head.
     """
@@ -212,7 +238,7 @@ def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[fl
     for keys in (reader, section):
         keys.require("partial_rotary_factor", 1.0)
 
-    theta = (section if "rope_theta" in section else reader).number("rope_theta", 10_000.0)
+    theta = (section if "rope_theta" in section else reader).number("rope_theta", theta)
 
     return theta, _scaling(section, scaling_type)
 

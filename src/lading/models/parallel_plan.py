@@ -34,6 +34,9 @@ class Split(Enum):
     """The same as ``COLUMN``, but all ranks get all features."""
     HEADS = "heads"
     """A normalization of (N, S, heads, head_dim) with the same parameters on all ranks, applied to different heads."""
+    EXPERTS = "experts"
+    """Feed-forward networks with stacked weights, split along the first dim, also by expert parallelism: each rank
+    applies its own networks to the tokens that are routed to them, and all ranks get the sum."""
     REPLICATED = "replicated"
     """A module that all ranks hold and compute alike, with parameters on the same mesh as those that are split."""
 
@@ -94,6 +97,8 @@ class ParallelPlan:
     """The sizes that the number of tensor-parallel ranks must divide, by their names in the configuration."""
     num_key_value_heads: int = 1
     """The number of heads of ``KEY_VALUE`` modules; it divides the number of ranks, or the reverse."""
+    num_experts: int = 1
+    """The number of networks in ``EXPERTS`` modules."""
     units: Sequence[str] | None = None
     """The names of the modules whose parameters fully sharded data parallelism gathers together, each when it is
     needed; all other parameters are gathered once. ``None`` if the family does not support it."""
@@ -108,7 +113,10 @@ class ParallelPlan:
         if self.tensor is None or tp == 1:
             return
 
-        uneven = [f"`{name}` is {size}" for name, size in self.divisible.items() if size % tp]
+        sizes = {**self.divisible}
+        if Split.EXPERTS in self.tensor.values():
+            sizes["num_experts"] = self.num_experts
+        uneven = [f"`{name}` is {size}" for name, size in sizes.items() if size % tp]
         heads = self.num_key_value_heads
         if Split.KEY_VALUE in self.tensor.values() and heads % tp and tp % heads:
             uneven.append(f"`num_key_value_heads` is {heads}, which does not divide {tp} either")

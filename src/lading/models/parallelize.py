@@ -24,7 +24,7 @@ from lading.gangs import Gang, Gangs
 from lading.models.family import Family
 from lading.models.parallel_plan import ParallelPlan, Split, matches
 from lading.models.pipeline import cut_to_stage, is_tied_outside, modules_of_other_dtype, tied_names
-from lading.models.tensor_parallel import SharedHeads, SplitStyle
+from lading.models.tensor_parallel import SharedHeads, SplitExperts, SplitStyle
 
 log = logging.getLogger("lading")
 
@@ -164,6 +164,8 @@ def _style(split: Split, plan: ParallelPlan, tp: int) -> SplitStyle:
     def placement(leaf: str) -> Placement:
         return _placement(split, leaf, plan, tp)
 
+    if split is Split.EXPERTS:
+        return SplitExperts(plan.num_experts)
     if split is Split.KEY_VALUE and tp > plan.num_key_value_heads:
         return SharedHeads(placement, plan.num_key_value_heads)
 
@@ -177,7 +179,7 @@ def _placement(split: Split, leaf: str, plan: ParallelPlan, tp: int) -> Placemen
             return Shard(1) if leaf == "weight" else _REPLICATED
         case Split.KEY_VALUE:
             return Shard(0) if tp <= plan.num_key_value_heads else _REPLICATED
-        case Split.COLUMN | Split.VOCABULARY | Split.LOGITS:
+        case Split.COLUMN | Split.VOCABULARY | Split.LOGITS | Split.EXPERTS:
             return Shard(0)
         case Split.HEADS | Split.REPLICATED:
             return _REPLICATED

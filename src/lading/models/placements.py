@@ -68,18 +68,20 @@ class DTensorFactory:
         """Return the tensor with ``local`` as this rank's part, placed as ``own``; a parameter if ``own`` is one."""
         return self._placed(local, own, own.device_mesh, own.placements)
 
-    def on_meta(self, parameter: Parameter, mesh: DeviceMesh, placement: Placement) -> Parameter:
-        """Return a parameter on the meta device, placed on a mesh of one dim without communication."""
+    def on_meta(self, parameter: Parameter, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Parameter:
+        """Return a parameter on the meta device, placed on a mesh without communication."""
         shape = list(parameter.shape)
-        if isinstance(placement, Shard):
-            size, odd = divmod(shape[placement.dim], mesh.size())
+        for count, placement in zip(mesh.shape, placements, strict=True):
+            if not isinstance(placement, Shard):
+                continue
+            size, odd = divmod(shape[placement.dim], count)
             if odd:
-                shape[:] = _local_shape_and_offset(parameter.shape, mesh, (placement,))[0]
-            else:
-                shape[placement.dim] = size
+                shape[:] = _local_shape_and_offset(parameter.shape, mesh, placements)[0]
+                break
+            shape[placement.dim] = size
         part = parameter.detach().new_empty(shape)
 
-        return cast(Parameter, self._placed(part, parameter, mesh, (placement,)))
+        return cast(Parameter, self._placed(part, parameter, mesh, placements))
 
     def _placed(self, local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
         """Return ``local`` placed as a part of a tensor like ``whole``."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import Module
 
@@ -40,10 +40,14 @@ class SplitStyle(ParallelStyle):
         self._as_view = as_view
         self._parts = DTensorFactory()
 
-    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
+    def _place(self, module: Module, device_mesh: DeviceMesh) -> None:
         for owner in module.modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
-                owner.register_parameter(leaf, self._parts.on_meta(parameter, device_mesh, self._placement(leaf)))
+                placements = (self._placement(leaf),) * device_mesh.ndim
+                owner.register_parameter(leaf, self._parts.on_meta(parameter, device_mesh, placements))
+
+    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
+        self._place(module, device_mesh)
 
         def before(module: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(self._distribute_input(x, device_mesh) for x in inputs)
@@ -65,11 +69,12 @@ class SplitStyle(ParallelStyle):
         if not isinstance(x, Tensor) or isinstance(x, DTensor):
             return x
 
-        return DTensor.from_local(x, mesh, (self._enter,), run_check=False)
+        return DTensor.from_local(x, mesh, (self._enter,) * mesh.ndim, run_check=False)
 
     def _localize_output(self, output: DTensor, mesh: DeviceMesh) -> Tensor:
-        if output.placements != (self._leave,):
-            output = output.redistribute(placements=(self._leave,))
+        leave = (self._leave,) * mesh.ndim
+        if output.placements != leave:
+            output = output.redistribute(placements=leave)
         local: Tensor = output.to_local() if self._as_view else _Local.apply(output)  # type: ignore[no-untyped-call]
 
         return local
@@ -90,6 +95,47 @@ class SharedHeads(SplitStyle):
         features: Tensor = output.to_local(grad_placements=(Partial(),))
 
         return features.tensor_split(self._heads, -1)[mesh.get_local_rank() * self._heads // mesh.size()]
+
+
+class SplitExperts(SplitStyle):
+    """The style of experts, of which each rank holds some: it gets all tokens and choices, and the ranks sum outputs.
+
+    The mesh can have several dims, the first of which splits the experts first.
+
+    :param num_experts: the number of experts on all ranks.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(lambda leaf: Shard(0), Replicate(), Replicate(), as_view=True)
+        self._num_experts = num_experts
+
+    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
+        self._place(module, device_mesh)
+
+        place = 0
+        for size, coordinate in zip(device_mesh.shape, device_mesh.get_coordinate() or (), strict=True):
+            place = place * size + coordinate
+        first = place * (self._num_experts // device_mesh.size())
+
+        def before(module: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, chosen, weights = inputs
+            # Each rank has the gradients of its experts alone; those of tokens and weights are the sums over all ranks.
+            x, weights = (
+                self._distribute_input(each, device_mesh).to_local(grad_placements=(Partial(),) * device_mesh.ndim)
+                for each in (x, weights)
+            )
+
+            return x, chosen - first, weights
+
+        def after(module: Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            part = DTensor.from_local(output, device_mesh, (Partial(),) * device_mesh.ndim, run_check=False)
+
+            return self._localize_output(part, device_mesh)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+        return module
 
 
 class _Local(Function):

@@ -27,7 +27,7 @@ SEEDS: dict[str, CardFile] = {
     for file in sorted(files("lading.seeds").iterdir(), key=lambda file: file.name)
     if file.name.endswith(".yaml")
 }
-FAMILIES = ("bert", "gemma3", "llama", "mistral", "olmo", "qwen", "wav2vec2", "wav2vec2_asr")
+FAMILIES = ("bert", "gemma3", "llama", "mistral", "mixtral", "olmo", "qwen", "qwen3_moe", "wav2vec2", "wav2vec2_asr")
 
 CARDS: dict[str, CardEntry] = {card.name: card for seed in SEEDS.values() for card in seed.cards}
 ARCHITECTURES: dict[tuple[str, str], ArchitectureEntry] = {
@@ -83,6 +83,8 @@ PARAMETERS = {
     ("mistral", "7b_v0.2"): 7_241_732_096,
     ("mistral", "7b_v0.3"): 7_248_023_552,
     ("mistral", "nemo"): 12_247_782_400,
+    ("mixtral", "mixtral_8x7b"): 46_702_792_704,
+    ("mixtral", "mixtral_8x22b"): 140_620_634_112,
     ("olmo", "olmo2_1b"): 1_484_916_736,
     ("olmo", "olmo2_7b"): 7_298_617_344,
     ("olmo", "olmo2_13b"): 13_716_198_400,
@@ -102,6 +104,8 @@ PARAMETERS = {
     ("qwen", "qwen3_8b"): 8_190_735_360,
     ("qwen", "qwen3_14b"): 14_768_307_200,
     ("qwen", "qwen3_32b"): 32_762_123_264,
+    ("qwen3_moe", "qwen3_30b_a3b"): 30_532_122_624,
+    ("qwen3_moe", "qwen3_235b_a22b"): 235_093_634_560,
     ("wav2vec2", "base"): 95_044_608,
     ("wav2vec2", "large"): 317_380_864,
     ("wav2vec2", "large_lv60k"): 317_390_592,

@@ -14,8 +14,10 @@ from lading.families.bert import BertConfig
 from lading.families.gemma3 import Gemma3Config
 from lading.families.llama import LLaMAConfig
 from lading.families.mistral import MistralConfig
+from lading.families.mixtral import MixtralConfig
 from lading.families.olmo import OLMOConfig
 from lading.families.qwen import QwenConfig
+from lading.families.qwen3_moe import Qwen3MoEConfig
 from lading.families.wav2vec2 import Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
@@ -25,7 +27,7 @@ from lading.models.resolve import arch_config, model_config
 from lading.models.shapes import count_parameters, targets_of_config
 from lading.models.targets import targets_of
 
-FAMILIES = ["bert", "gemma3", "llama", "mistral", "olmo", "qwen", "wav2vec2", "wav2vec2_asr"]
+FAMILIES = ["bert", "gemma3", "llama", "mistral", "mixtral", "olmo", "qwen", "qwen3_moe", "wav2vec2", "wav2vec2_asr"]
 
 
 def same(family: str, config: Any) -> None:
@@ -64,8 +66,11 @@ ENCODER = Wav2Vec2EncoderConfig(
         ("qwen", QwenConfig(**SMALL, num_key_value_heads=4, k_norm=True)),
         ("olmo", OLMOConfig(**SMALL, num_key_value_heads=2, pad_idx=1)),
         ("gemma3", Gemma3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
+        ("mixtral", MixtralConfig(**SMALL, num_key_value_heads=2, num_experts=3)),
+        ("qwen3_moe", Qwen3MoEConfig(**SMALL, num_experts=9, expert_inner_dim=20, dense_layers=[0])),
+        ("qwen3_moe", Qwen3MoEConfig(**SMALL, num_experts=9, moe_layer_step=4)),
     ],
-    ids=["llama", "mistral", "qwen2.5", "qwen3", "qwen-k", "olmo", "gemma3"],
+    ids=["llama", "mistral", "qwen2.5", "qwen3", "qwen-k", "olmo", "gemma3", "mixtral", "qwen3-moe", "no-experts"],
 )
 def test_those_of_decoders(family: str, config: Any, tied: bool) -> None:
     same(family, replace(config, tied_embeddings=tied))
@@ -117,6 +122,9 @@ def test_those_of_encoders(family: str, config: Any) -> None:
     ("family", "config"),
     [
         ("qwen", QwenConfig(num_attn_heads=3, num_key_value_heads=2)),
+        ("qwen3_moe", Qwen3MoEConfig(num_experts=7)),
+        ("qwen3_moe", Qwen3MoEConfig(moe_layer_step=0)),
+        ("mixtral", MixtralConfig(top_k=0)),
         ("bert", BertConfig(model_dim=10, num_attn_heads=3)),
         ("wav2vec2", Wav2Vec2Config(quantized_dim=5, num_codebooks=2)),
         ("wav2vec2", Wav2Vec2Config(final_dim=0)),

@@ -155,7 +155,7 @@ def test_a_part_without_memory_is_as_torch_makes_it(rank: int, placement: Placem
         assert gangs.tp.mesh is not None
         whole = Parameter(torch.empty(shape, device="meta", dtype=torch.bfloat16))
 
-        part = DTensorFactory().on_meta(whole, gangs.tp.mesh, placement)
+        part = DTensorFactory().on_meta(whole, gangs.tp.mesh, (placement,))
         expected = distribute_tensor(whole, gangs.tp.mesh, [placement])
         assert isinstance(part, Parameter)
         assert isinstance(part, DTensor)
@@ -172,7 +172,7 @@ def test_parts_of_equal_meshes_stay_on_their_own_mesh() -> None:
     for _ in range(2):
         with simulate_gangs(0, tp=2) as gangs:
             assert gangs.tp.mesh is not None
-            part = parts.on_meta(Parameter(torch.empty(4, 4, device="meta")), gangs.tp.mesh, Shard(0))
+            part = parts.on_meta(Parameter(torch.empty(4, 4, device="meta")), gangs.tp.mesh, (Shard(0),))
             assert isinstance(part, DTensor)
             assert part.device_mesh is gangs.tp.mesh
 

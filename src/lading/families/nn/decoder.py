@@ -12,6 +12,7 @@ from torch.nn.functional import dropout
 from lading.families.nn.attention import AttentionMask, CausalSelfAttention, causal_mask
 from lading.families.nn.cache import KeyValueCache
 from lading.families.nn.decoder_spec import DecoderSpec
+from lading.families.nn.experts import MixtureOfExperts
 from lading.families.nn.ffn import GatedFeedForward
 from lading.families.nn.norm import RMSNorm
 from lading.families.nn.rope import RotaryEmbedding
@@ -27,7 +28,8 @@ class DecoderLayer(nn.Module):
         self.dropout_p = spec.dropout_p
 
         self.self_attn = CausalSelfAttention(spec, layer)
-        self.mlp = GatedFeedForward(spec)
+        experts = spec.experts_of(layer)
+        self.mlp = GatedFeedForward(spec) if experts is None else MixtureOfExperts(experts, spec)
 
         # In Hugging Face's names, `post_attention_layernorm` is the first norm after attention: it normalizes the
         # output of attention, or else the input of the feed-forward network.

@@ -15,6 +15,7 @@ from lading.errors import NotSupportedError
 from lading.families.nn.cache import KeyValueCache
 from lading.families.nn.decoder import Decoder
 from lading.families.nn.decoder_spec import DecoderSpec
+from lading.families.nn.experts import Experts
 from lading.families.nn.norm import RMSNorm
 from lading.families.nn.uninitialized import Linear
 
@@ -193,14 +194,15 @@ def init_decoder(
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
 
-    if leaf == "bias":
+    if leaf.endswith("bias"):
         parameter.zero_()
         return
     if isinstance(module, RMSNorm):
         parameter.fill_(1.0 - module.offset)
         return
 
-    s = parameter.size(1) ** -0.5 if std is None else std
+    is_transposed = isinstance(module, Experts) and module.transposed
+    s = parameter.size(-2 if is_transposed else -1) ** -0.5 if std is None else std
     if path.startswith("model.layers.") and std_scale != "none":
         depth = int(path.split(".")[2]) if std_scale == "layer" else model.spec.num_layers
         s /= (2 * (depth + 1)) ** 0.5

@@ -17,9 +17,17 @@ class Mistral(DecoderLM):
     """A Mistral language model."""
 
 
+class Mixtral(DecoderLM):
+    """A Mixtral language model."""
+
+
 class OLMO(DecoderLM):
     """An OLMo language model."""
 
 
 class Qwen(DecoderLM):
     """A Qwen language model."""
+
+
+class Qwen3MoE(DecoderLM):
+    """A mixture of experts of Qwen 3."""

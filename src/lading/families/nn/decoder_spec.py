@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 from lading.families.nn.checks import (
     require_dropout,
@@ -14,8 +14,12 @@ from lading.families.nn.checks import (
     require_symbol,
     shared_fields,
 )
+from lading.families.nn.experts_spec import ExpertsSpec, gated_shapes
 from lading.families.nn.rope_scaling import Scaling
 from lading.families.nn.shapes import Shapes, projection, under
+
+Activation: TypeAlias = Literal["silu", "gelu_tanh"]
+"""The activation of a gated feed-forward network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,9 @@ class DecoderSpec:
     """True if ``q_norm`` and ``k_norm`` normalize all heads together."""
     attn_scale: float | None = None
     """The factor of the attention scores; ``None`` means ``head_dim ** -0.5``."""
-    ffn_activation: Literal["silu", "gelu_tanh"] = "silu"
+    ffn_activation: Activation = "silu"
+    experts: ExpertsSpec | None = None
+    """The experts, in place of the feed-forward network of some or all layers."""
     embed_scale: float = 1.0
     """The factor of embeddings, applied in their dtype."""
     dropout_p: float = 0.0
@@ -95,6 +101,12 @@ class DecoderSpec:
             raise ValueError(f"the heads must be of even width for rotary embeddings, but are of {self.attn_head_dim}")
         require_symbol(self.pad_idx, self.vocab_size)
         require_dropout(self, "dropout_p")
+        if self.experts is not None and self.experts.layers is not None:
+            strange = sorted(layer for layer in self.experts.layers if not 0 <= layer < self.num_layers)
+            if strange:
+                raise ValueError(
+                    f"the layers with experts must be among the {self.num_layers} layers, but {strange[0]} is not"
+                )
 
     @classmethod
     def of(cls, config: Any, **others: Any) -> Self:
@@ -114,6 +126,12 @@ class DecoderSpec:
             same, attn_window_len=None, num_full_attn_layers=0, full_attn_layers=frozenset(), window_rope_theta=None
         )
 
+    def with_experts(self, experts: ExpertsSpec) -> Self:
+        """Return the switches with experts, whose layers are ``None`` if all have them."""
+        everywhere = experts.layers is not None and len(experts.layers) == self.num_layers
+
+        return replace(self, experts=replace(experts, layers=None) if everywhere else experts)
+
     @property
     def attn_head_dim(self) -> int:
         """The width of an attention head."""
@@ -125,21 +143,28 @@ class DecoderSpec:
 
         return None if full else self.attn_window_len
 
+    def experts_of(self, layer: int) -> ExpertsSpec | None:
+        """Return the experts of layer ``layer``, or ``None`` if it has a single feed-forward network."""
+        if self.experts is None or self.experts.layers is None or layer in self.experts.layers:
+            return self.experts
+
+        return None
+
     def shapes(self) -> Shapes:
         """Return the names and shapes of the parameters of a :class:`~lading.families.nn.decoder_lm.DecoderLM`."""
         dim, table = self.model_dim, (self.vocab_size, self.model_dim)
-        layer = self._layer_shapes()
+        kinds = {experts: self._layer_shapes(experts) for experts in (None, self.experts)}
         found: Shapes = {"model.embed_tokens.weight": table}
         for i in range(self.num_layers):
-            found |= under(f"model.layers.{i}", layer)
+            found |= under(f"model.layers.{i}", kinds[self.experts_of(i)])
 
         return found | {
             "model.norm.weight": (dim,),
             "lm_head.weight": "model.embed_tokens.weight" if self.tied_embeddings else table,
         }
 
-    def _layer_shapes(self) -> Shapes:
-        dim, inner, head = self.model_dim, self.ffn_inner_dim, self.attn_head_dim
+    def _layer_shapes(self, experts: ExpertsSpec | None) -> Shapes:
+        dim, head = self.model_dim, self.attn_head_dim
         queries, keys = self.num_attn_heads * head, self.num_key_value_heads * head
         found = {
             **projection("self_attn.q_proj", dim, queries, bias=self.qkv_proj_bias),
@@ -151,9 +176,10 @@ class DecoderSpec:
             found["self_attn.q_norm.weight"] = (queries if self.norm_whole else head,)
         if self.k_norm:
             found["self_attn.k_norm.weight"] = (keys if self.norm_whole else head,)
-        found |= projection("mlp.gate_proj", dim, inner, bias=self.ffn_bias)
-        found |= projection("mlp.up_proj", dim, inner, bias=self.ffn_bias)
-        found |= projection("mlp.down_proj", inner, dim, bias=self.ffn_bias)
+        if experts is None:
+            found |= under("mlp", gated_shapes(dim, self.ffn_inner_dim, bias=self.ffn_bias))
+        else:
+            found |= under("mlp", experts.shapes(dim))
 
         norms = {
             "before": ("input", "post_attention"),

@@ -1,0 +1,95 @@
+"""Families of mixtures of experts: the layouts of their checkpoints, and new models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Module
+
+from lading import check_model, load_model
+from lading.errors import ModelCheckpointMismatchError
+from lading.families.mixtral import MixtralConfig
+from lading.families.qwen3_moe import Qwen3MoEConfig
+from lading.gangs import create_fake_gangs
+from lading.models.construct import create_model
+from lading.models.family import get_family
+from tests.helpers.expert_layouts import NAMES, separate
+
+SMALL: dict[str, Any] = {
+    "model_dim": 32, "vocab_size": 40, "num_layers": 3, "num_attn_heads": 4, "num_key_value_heads": 2,
+    "ffn_inner_dim": 24, "num_experts": 11, "top_k": 3, "max_seq_len": 64,
+}  # fmt: skip
+CONFIGS: dict[str, Any] = {
+    "mixtral": MixtralConfig(**SMALL),
+    "qwen3_moe": Qwen3MoEConfig(**SMALL, expert_inner_dim=16, head_dim=8, dense_layers=[1]),
+}
+each_family = pytest.mark.parametrize("name", CONFIGS)
+
+
+def new(name: str) -> Module:
+    torch.manual_seed(0)
+    family, gangs = get_family(name), create_fake_gangs("cpu")
+    return create_model(family, CONFIGS[name], gangs=gangs, dtype=torch.float32, meta=False).eval()
+
+
+def save(folder: Path, name: str, state: dict[str, Tensor]) -> Path:
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(get_family(name).to_hf(CONFIGS[name])))
+    return folder
+
+
+def same(found: Module, expected: Module) -> None:
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@each_family
+def test_stacked_and_separate_experts_make_the_same_model(home: Path, tmp_path: Path, name: str) -> None:
+    model = new(name)
+    stacked = save(tmp_path / "stacked", name, model.state_dict())
+    apart = save(tmp_path / "separate", name, separate(model.state_dict(), name))
+    bare = {key.removeprefix("model."): value for key, value in separate(model.state_dict(), name).items()}
+
+    for folder in (stacked, apart, save(tmp_path / "bare", name, bare)):
+        assert check_model(folder).fits
+        same(load_model(folder), model)
+
+
+@each_family
+def test_an_expert_that_is_missing_is_named(home: Path, tmp_path: Path, name: str) -> None:
+    state = separate(new(name).state_dict(), name)
+    module, gate, *_ = NAMES[name]
+    del state[f"model.layers.2.{module}.experts.4.{gate}.weight"]
+
+    with pytest.raises(ModelCheckpointMismatchError, match="number 0 is missing"):
+        load_model(save(tmp_path / "model", name, state))
+
+
+@each_family
+def test_fewer_experts_than_the_configuration_states(home: Path, tmp_path: Path, name: str) -> None:
+    state = {key: value for key, value in separate(new(name).state_dict(), name).items() if ".experts.10." not in key}
+
+    with pytest.raises(ModelCheckpointMismatchError, match=r"\[10, "):
+        load_model(save(tmp_path / "model", name, state))
+
+
+@each_family
+def test_a_new_model_learns(name: str) -> None:
+    """Every expert that a token chooses gets a gradient, and so does the router."""
+    model = new(name).train()
+    ids = torch.arange(40).view(2, 20)
+    model(ids).logsumexp(-1).sum().backward()
+
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
+    stacked = [p for key, p in model.named_parameters() if "gate_up_proj" in key]
+    assert all(0.5 < float(p.detach().std()) * (2 * 4 * 32) ** 0.5 < 1.5 for p in stacked)
