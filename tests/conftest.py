@@ -13,6 +13,7 @@ import compileall
 import gc
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,19 +58,35 @@ def _has_room(folder: Path) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the tests that try examples in the slow tier too, where they try all.
 
-    In the quick tier SQLite has all cases, PostgreSQL the first one of each test.
+    In the quick tier SQLite has the cases of each test, or a few of them, and PostgreSQL the first one.
     """
+    cases = defaultdict(list)
     on_postgresql = set()
     for item in items:
         if config.option.markexpr == "slow" and is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker(pytest.mark.slow)
         callspec = getattr(item, "callspec", None)
-        if callspec is None or "postgresql" not in callspec.params.values() or item.get_closest_marker("slow"):
+        if callspec is None or item.get_closest_marker("slow"):
             continue
         test = item.nodeid.partition("[")[0]
-        if test in on_postgresql:
+        if "postgresql" not in callspec.params.values():
+            cases[test].append(item)
+        elif test in on_postgresql:
             item.add_marker(pytest.mark.slow)
-        on_postgresql.add(test)
+        else:
+            on_postgresql.add(test)
+    for matrix in cases.values():
+        if few := matrix[0].get_closest_marker("few"):
+            _leave_few(matrix, *few.args)
+
+
+def _leave_few(matrix: list[pytest.Item], count: int) -> None:
+    """Leave ``count`` cases in the quick tier: the first, the last, and those evenly between, across a grid."""
+    last = len(matrix) - 1
+    quick = {round(i * last / max(1, count - 1)) for i in range(count)}
+    for i, item in enumerate(matrix):
+        if i not in quick:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

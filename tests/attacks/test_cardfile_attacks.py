@@ -202,6 +202,7 @@ def test_long_integers(value: str) -> None:
         assert expected in refused(f'{{"name": "a", "x": {value}}}', json_lines=True).problems[0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "value", ["1." + "0" * 500_000, "1" * 500_000 + "e1", "1e" + "9" * 500_000, "1_" * 250_000 + "x"]
 )
@@ -212,6 +213,7 @@ def test_long_numbers_of_other_kinds(value: str) -> None:
     assert len(found.cards) + len(found.problems) == 1
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "unit",
     [

@@ -89,6 +89,7 @@ DOORS: list[Callable[[Settings], object]] = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 100))])
 @pytest.mark.parametrize("damage", [flip, flip_in_header, cut, cut_at_page, blank, swap, noise])
 def test_damage(
@@ -153,6 +154,7 @@ QUICK = {"trigger", "view in the place of a table"}
 """What is put into a catalog of an older version, too."""
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("program", "version"),
     [

@@ -199,6 +199,7 @@ def late(database: Database, sql: str, parameters: dict[str, object] | None = No
 NUMBERS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "sql",
     [
@@ -224,6 +225,7 @@ def test_the_error_states_the_deadline(database: Database) -> None:
 LONG = {"a": "a" * (MAX_VALUE_BYTES - 10), "half": "a" * (MAX_VALUE_BYTES // 2) + "b"}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "expression",
     [

@@ -113,6 +113,7 @@ MENDED: dict[str, Behaviour] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", MENDED)
 def test_the_bytes_come_all_the_same(tmp_path: Path, name: str) -> None:
     files = {PATH: DATA, f"{PATH}10": DATA}
@@ -173,6 +174,7 @@ FATAL: dict[str, tuple[Behaviour, type[LadingError], str]] = {
 }
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("name", FATAL)
 def test_each_to_its_error_and_nothing_is_kept(tmp_path: Path, name: str) -> None:
     behavior, error, message = FATAL[name]

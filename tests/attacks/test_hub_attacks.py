@@ -60,6 +60,7 @@ def _files_below(path: Path) -> set[str]:
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", ["../../../../evil", "/etc/evil", "..\\evil", "a/../../evil", "evil\x1b[2J", "evil\n", ""]
 )
@@ -84,6 +85,7 @@ HubSource("hg://a/b").fetch(
     assert not hub.requests
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("tag", ["../../../../evil", "ROOT/evil", "..", "W/ROOT/evil", "..\\evil", "a/b"])
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_an_entity_tag_is_no_path(hub: FakeHub, client: HubClient, tmp_path: Path, tag: str, name: str) -> None:

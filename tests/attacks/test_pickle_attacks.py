@@ -250,6 +250,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", BOMBS)
 def test_bombs_take_time_and_memory_in_proportion_to_their_size(tmp_path: Path, kind: str) -> None:
     # Without limits it would not take the seconds of a test, but hours; or the memory of a machine.

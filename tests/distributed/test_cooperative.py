@@ -72,6 +72,7 @@ def both_ways(folder: Path, sizes: dict[str, int], dtype: torch.dtype | str) -> 
     return different, by_itself.bytes_read, report.bytes_read
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [

@@ -86,6 +86,7 @@ KILLED = [
 STOPPED = [pytest.param("reduce", 3, marks=pytest.mark.slow), ("wait", 0)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("point", "victim"), KILLED)
 def test_a_rank_is_killed(tmp_path: Path, point: str, victim: int) -> None:
     with _struck(tmp_path, point, victim, signal.SIGKILL) as pool:

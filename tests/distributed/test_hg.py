@@ -101,6 +101,7 @@ def load_and_compare(folder: Path, tp: int, sdp: int) -> tuple[list[str], int]:
         return found, split
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "tp", "sdp", "split"),
     [

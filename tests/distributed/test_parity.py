@@ -168,6 +168,7 @@ def slow(*cases: tuple[str, Axes]) -> list[Any]:
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("family", "axes"),
     [
@@ -182,6 +183,7 @@ def test_two_ranks(pool2: Pool, folders: dict[str, Path], family: str, axes: Axe
     compare(pool2, folders[family], axes)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("family", "axes"),
     [
@@ -281,6 +283,7 @@ def ask_for(kind: str, folder: Path, other: Path, home: str) -> None:
             export_model(model, family, config, f"{home}/exported", gangs=gangs, beside=mine)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("kind", "both"),
     [

@@ -83,6 +83,7 @@ ALL = {"target_modules": "all-linear"}
 EMBEDDINGS = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("model", "family", "lora"),
     [
@@ -167,6 +168,7 @@ def load_delta(folder: Path) -> Tensor:
     return b @ a * 2.0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "options", [{}, {"mmap": True}, {"verify": "always"}, {"cooperative": True}, {"dtype": "keep"}]
 )
@@ -451,6 +453,7 @@ def test_pins(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
@@ -532,6 +535,7 @@ def become(path: Path, make: Callable[[Path], object]) -> None:
     make(path)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -84,6 +84,7 @@ def test_a_renamed_folder_keeps_its_records(models: Path, shards: int) -> None:
     ] * shards
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("digests", ["none", pytest.param("tensors", marks=pytest.mark.slow), "files"])
 @pytest.mark.parametrize("move", [copy_with_times, copy_without_times])
 @pytest.mark.parametrize("same", [True, False])

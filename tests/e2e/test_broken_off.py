@@ -72,6 +72,7 @@ def fetched(server: Server) -> list[str]:
     return sorted({path for path, wanted in asked if path in SHARDS and int(wanted.rpartition("-")[2]) > 20_000})
 
 
+@pytest.mark.few(1)
 def test_shards_that_had_come_are_not_fetched_again(web: Server, place: Place) -> None:
     known = web.etags or web.modified is not None
     place.run("pull", "three", "--no-progress")
@@ -81,6 +82,7 @@ def test_shards_that_had_come_are_not_fetched_again(web: Server, place: Place) -
     assert place.run("verify", "three").code == 0
 
 
+@pytest.mark.few(1)
 def test_a_shard_that_changed_meanwhile_is_fetched_again(web: Server, place: Place) -> None:
     data = bytearray(web.files[SHARDS[0]])
     data[-1] ^= 1
@@ -119,6 +121,7 @@ def bring(place: Place, path: Path) -> None:
     place.run("-c", f"from huggingface_hub import hf_hub_download as bring; bring('Some/Three', {path.name!r})")
 
 
+@pytest.mark.few(1)
 def test_what_a_killed_pull_brought_is_used_and_removed_with_the_rest(
     world: World, place: Place, far: list[Path]
 ) -> None:

@@ -177,6 +177,7 @@ def raw(folder: Path, sql: str) -> list[tuple[object, ...]]:
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("number", rounds(6, 60))
 def test_a_first_use_that_is_killed(folder: Path, nursery: Nursery, number: int) -> None:
     child = nursery.start(folder, "create")
@@ -195,6 +196,7 @@ def test_a_first_use_that_is_killed(folder: Path, nursery: Nursery, number: int)
     assert check_catalog(settings) == []
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("number", rounds(6, 60))
 def test_an_import_that_is_killed(folder: Path, nursery: Nursery, number: int) -> None:
     settings = settings_in(folder / "data")
@@ -212,6 +214,7 @@ def test_an_import_that_is_killed(folder: Path, nursery: Nursery, number: int) -
     import_files(open_catalog(settings), [card_file("name: c1\nv: 3\n")], replace=True)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", rounds(3, 60))
 def test_a_record_that_is_killed(folder: Path, nursery: Nursery, number: int) -> None:
     settings = settings_in(folder / "data")
@@ -234,6 +237,7 @@ def killed(nursery: Nursery, child: int) -> None:
 # --- racing ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", rounds(3, 60))
 def test_four_first_uses_at_once(folder: Path, nursery: Nursery, number: int) -> None:
     if number % 3 == 1:

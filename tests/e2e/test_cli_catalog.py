@@ -139,6 +139,7 @@ class TestList:
         shutil.rmtree(tmp_path / "here")
         assert cli("list", "--local", "-q").stdout == ""
 
+    @pytest.mark.few(5)
     @pytest.mark.parametrize(
         ("words", "names"),
         [

@@ -314,6 +314,7 @@ def with_closed(streams: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", f"exec {command} {streams}"], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -373,6 +374,7 @@ main()
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("home", [None, "some/where", pytest.param("", marks=pytest.mark.slow)])
 def test_without_a_home(nursery, tmp_path, home):
     def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -46,6 +46,7 @@ def fleet(cli: Cli, cards: Path) -> Path:
     return cards.parent / "fleet"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_list_of_names_a_pattern_and_all(cli: Cli, fleet: Path, command: str) -> None:
     for words in (["fleet_a", "fleet_b"], ["fleet_[ab]"], ["fleet_a", "fleet_?", "fleet_b"], ["fleet_a@", "fleet_b@"]):
@@ -222,6 +223,7 @@ def fetched(cli: Cli, cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return lambda: cli("list", "got_*", "--local", "-q").stdout.split()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("words", [("got_a", "got_b"), ("--every",), ("got_a", "--orphans", "got_b"), ("got_[a]",)])
 def test_several_are_listed_and_not_removed_without_yes(
     cli: Cli, fetched: Callable[[], list[str]], words: tuple[str, ...]
@@ -275,6 +277,7 @@ def test_one_name_is_removed_at_once(process: Program, fetched: Callable[[], lis
     assert fetched() == ["got_b"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("answer", "code", "left"), [("y\n", 0, []), ("n\n", 130, ["got_a", "got_b"])])
 def test_on_a_terminal_it_asks(fetched: Callable[[], list[str]], answer: str, code: int, left: list[str]) -> None:
     ours, theirs = pty.openpty()

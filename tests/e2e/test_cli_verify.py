@@ -77,6 +77,7 @@ def of_metadata(data: bytes) -> bytes:
     return data.replace(b'"pt"', b'"tp"', 1)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("change", [of_header, of_metadata])
 @pytest.mark.parametrize("first", ["index", "load", "verify", "convert"])
 def test_the_header_is_verified_too(
@@ -139,6 +140,7 @@ def test_a_record_that_does_not_have_its_crc_is_a_mismatch(cli: Cli, cards: Path
     assert json.loads(cli("verify", "tiny", "--json", "--no-progress").stdout)[0]["result"] in ("match", "recorded")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", ["folder", "file", "pt", "home", "no model", "odd model"])
 def test_a_path(cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """It is recorded the first time, and compared from then on; no card names it."""

@@ -109,6 +109,7 @@ class TestAgainstPlainArithmetic:
         assert found.max_abs == pytest.approx(max_abs, rel=1e-6, abs=0)
         assert found.max_rel == pytest.approx(max_rel, rel=1e-6, abs=1e-37)
 
+    @pytest.mark.few(2)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int16, torch.complex64])
     def test_a_tensor_of_many_reads(self, tmp_path, dtype):
         """The differing elements lie at the ends of what is read and computed at once."""

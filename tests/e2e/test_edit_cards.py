@@ -180,6 +180,7 @@ def test_a_card_gets_another_name_wherever_it_is_named(
     sound(cli)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [

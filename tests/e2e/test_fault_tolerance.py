@@ -42,6 +42,7 @@ def points(quick: int, slow: int) -> list[object]:
     return [quick, pytest.param(slow, marks=pytest.mark.slow)]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("count", points(1, 30))
 @pytest.mark.parametrize("what", COMMANDS)
 def test_a_command_that_is_killed(world: World, place: Place, tmp_path: Path, what: str, count: int) -> None:
@@ -120,6 +121,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "ways"),
     [
@@ -181,6 +183,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [pytest.param(PAGE, marks=pytest.mark.slow), 6 * PAGE], ids=["each page", "some"])
 @pytest.mark.parametrize(
     ("name", "full"), [("far", "catalog"), pytest.param("far", "cache", marks=pytest.mark.slow), ("web", "cache")]
@@ -263,6 +266,7 @@ def freeze(request: pytest.FixtureRequest) -> Iterator[Freeze]:
         path.chmod(mode)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["far", "web", "near"])
 def test_what_is_here_is_loaded_where_nothing_can_be_written(
     world: World, place: Place, freeze: Freeze, name: str
@@ -289,6 +293,7 @@ def test_what_is_here_is_loaded_where_nothing_can_be_written(
     assert place.rows() == before
 
 
+@pytest.mark.few(1)
 def test_what_is_here_is_verified_where_nothing_can_be_recorded(world: World, place: Place, freeze: Freeze) -> None:
     place.run("pull", "web")
     make(place.folder / "unknown")
@@ -310,6 +315,7 @@ def test_what_is_here_is_verified_where_nothing_can_be_recorded(world: World, pl
     assert place.rows() == before
 
 
+@pytest.mark.few(1)
 def test_what_is_not_right_is_said_where_nothing_can_be_recorded(world: World, place: Place, freeze: Freeze) -> None:
     place.run("pull", "web")
     blob = next(path for path in files_in(place.cache, "blobs") if path.suffix == ".safetensors")
@@ -341,6 +347,7 @@ def test_what_a_card_publishes_holds_where_nothing_can_be_recorded(
         assert f"that {document} publishes" in place.run(command, "team", "--no-progress", code=4, **ways).err
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "variable"), [("far", "HF_HUB_CACHE"), ("web", "LADING_CACHE_DIR")])
 def test_a_pull_into_a_cache_that_cannot_be_written(
     world: World, place: Place, freeze: Freeze, name: str, variable: str
@@ -351,6 +358,7 @@ def test_a_pull_into_a_cache_that_cannot_be_written(
         assert re.fullmatch(rf"lading: error: .*; set {variable} to a folder that you can write: .*\n", done.err)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["far", "web"])
 def test_a_pull_that_cannot_be_noted(world: World, place: Place, tmp_path: Path, freeze: Freeze, name: str) -> None:
     frozen = tmp_path / "frozen"

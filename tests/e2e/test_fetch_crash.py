@@ -246,6 +246,7 @@ def test_a_fetch_that_is_stopped_is_not_waited_for(
     require_consistent(tmp_path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ways", [{}, {"no_locks": True}], ids=["locks", "no locks"])
 def test_eight_processes_fetch_one_file(start: Start, tmp_path: Path, ways: dict[str, object]) -> None:
     with serve({PATH: DATA}, slow) as server:
@@ -273,6 +274,7 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_system(start: Start, t
         fetch_here(server, tmp_path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync", "fsync", "ftruncate", "open", "fchmod"])
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """At each call that can need a block, not only at the first one."""

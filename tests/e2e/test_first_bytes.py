@@ -63,6 +63,7 @@ def test_adopt(tmp_path: Path) -> None:
         assert "not contiguous" in str(found[name].problem)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_card_on_this_machine(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(CONTENTS[name])
@@ -71,6 +72,7 @@ def test_a_card_on_this_machine(tmp_path: Path, name: str) -> None:
     loads("mine")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("digests", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_card_over_http(cli: Cli, tmp_path: Path, name: str, digests: bool) -> None:
@@ -89,6 +91,7 @@ def test_a_card_over_http(cli: Cli, tmp_path: Path, name: str, digests: bool) ->
         loads("web")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "inner",
     ["12345", "strided", *(pytest.param(n, marks=pytest.mark.slow) for n in ("model.pth.tar", "runs/old", "plain"))],

@@ -196,6 +196,7 @@ def test_a_range_is_asked_for_again(hub: FakeHub, repo: Repository, client: HubC
     assert client(READ, uri="hg://Qwen/Tiny-0.1B", name="model.safetensors", offset=9, size=90) == WEIGHTS[9:99]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "fault", ["ignore-range", "wrong-range", "gzip", "html", "long", "loop", "downgrade", "short", "503", "404", "416"]
 )
@@ -289,6 +290,7 @@ def test_bytes_that_come_wrong_are_not_kept(hub: FakeHub, repo: Repository, clie
     assert {f.name: f.path.read_bytes() for f in _fetch(client)} == FILES
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 @pytest.mark.parametrize("change", ["bit", "size", "gone"])
 def test_a_bad_copy_in_the_cache_is_replaced(repo: Repository, client: HubClient, name: str, change: str) -> None:
@@ -404,6 +406,7 @@ def _process(hub: FakeHub, home: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_fetch_leaves_no_half_file(
     hub: FakeHub, client: HubClient, tmp_path: Path, number: signal.Signals

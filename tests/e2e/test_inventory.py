@@ -134,6 +134,7 @@ QUICK = {
 """A file, a series, a folder, a whole folder, files beside one another, and many files."""
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in ARTIFACTS]
 )
@@ -160,6 +161,7 @@ def test_weights_that_lading_does_not_load_are_in_the_inventory(cli: Cli, disk: 
     assert f"{path}: {kind}: {found.problem}" in cli("adopt", disk).stderr
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("scheme", ["awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors"])
 def test_quantized_checkpoints_are_in_the_inventory(disk: Path, scheme: str) -> None:
     made = make(disk / "model", quantization_config={"quant_method": scheme})
@@ -213,6 +215,7 @@ def test_the_size_of_a_quantized_checkpoint_that_was_read_counts_once(
     assert entry.bytes == (path / "model.safetensors").stat().st_size
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stated", ["unknown", {"quant_method": "a" * 999}, {"quant_method": "\x1b[31m"}, [1], {}])
 def test_no_scheme_is_shown_that_is_no_word(disk: Path, stated: object) -> None:
     make(disk / "model", quantization_config=stated)
@@ -241,6 +244,7 @@ HOSTILE: dict[str, tuple[str, bytes]] = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_what_is_not_what_its_name_says_failed(disk: Path, case: str) -> None:
     name, content = HOSTILE[case]

@@ -200,6 +200,7 @@ def test_a_rank_of_any_gangs(path: Path, states: tuple[State, State], rank: int,
         assert torch.equal(parameter.to_local(), expected), name
 
 
+@pytest.mark.few(3)
 def test_one_tensor_after_another(path: Path, states: tuple[State, State]) -> None:
     found = dict(get_llama_model_hub().iter_checkpoint(path, CONFIG))
 
@@ -207,6 +208,7 @@ def test_one_tensor_after_another(path: Path, states: tuple[State, State]) -> No
     assert all(torch.equal(found[name], value) for name, value in states[1].items())
 
 
+@pytest.mark.few(3)
 def test_as_a_hugging_face_repository(path: Path, states: tuple[State, State], tmp_path: Path, catalog: Path) -> None:
     (tmp_path / "cards.yaml").write_text(ARCHITECTURE)
     import_cards(tmp_path / "cards.yaml")

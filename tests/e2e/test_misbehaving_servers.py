@@ -103,6 +103,7 @@ SLOW_WEB = {
 }  # fmt: skip
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("what", cases(WEB, slow=SLOW_WEB))
 def test_a_web_server(world: World, place: Place, what: str) -> None:
     world.web.behavior, code, says = WEB[what]
@@ -142,6 +143,7 @@ SLOW_HUB = {
 }  # fmt: skip
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("what", cases(HUB, slow=SLOW_HUB))
 def test_a_hub(world: World, place: Place, what: str) -> None:
     target, fault, code, says = HUB[what]
@@ -164,6 +166,7 @@ ANSWERS: dict[str, tuple[Callable[[dict[str, Any]], object], int]] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("what", cases(ANSWERS, slow={"no commit", "an id that is a path"}))
 def test_what_a_hub_says_of_a_repository(world: World, place: Place, what: str) -> None:
     world.hub.rewrite, code = ANSWERS[what]

@@ -112,6 +112,7 @@ def test_a_repository_that_no_family_reads_is_pulled_all_the_same(run: Run) -> N
 PRINT_THETA = "import sys, lading; print(lading.load_model({}, progress=False).model.rotary_emb.theta)"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "named",
     ["'acme/tiny@v2'", "'hg://acme/tiny@v2'", "'hf://ACME/Tiny@v2'", "'acme/tiny', revision='v2'",

@@ -63,6 +63,7 @@ def change(folder: Path) -> None:
         save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_files_on_this_machine(cli: Cli, tmp_path: Path, shards: int, mmap: bool) -> None:
@@ -109,6 +110,7 @@ def test_a_file_that_is_replaced_after_the_first_load(cli: Cli, tmp_path: Path) 
         load()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("file", ["model.safetensors", "model.pt"])
 def test_files_of_a_web_server(cli: Cli, tmp_path: Path, file: str) -> None:
     folder = make(tmp_path / "m")
@@ -241,6 +243,7 @@ def test_what_is_no_digest(cli: Cli, tmp_path: Path, digests: object) -> None:
     assert "Did you mean 'sha256'?" in cli("import", tmp_path / "slip.yaml").stderr
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("overlay", "code"),
     [

@@ -170,6 +170,7 @@ def test_a_hub_cache_without_links(run: Run, hub: FakeHub, tmp_path: Path) -> No
     assert [p for p in (tmp_path / "hf" / "hub").rglob("*") if p.is_file() and p.stat().st_size > 1000] == []
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [3000, 0])
 def test_a_part_of_a_file_in_a_snapshot_is_fetched_again(run: Run, tmp_path: Path, size: int) -> None:
     run("pull", "far", "--no-progress")
@@ -369,6 +370,7 @@ def web(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt", "pytorch_model.bin.index.json"])
 def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) -> None:
     (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/{file}", layers=2))

@@ -61,6 +61,7 @@ def loaded() -> float:
     return lading.load_model("web", dtype=torch.float32, progress=False).state_dict()["model.norm.weight"][0].item()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json", "model.pt"])
 @pytest.mark.parametrize(
     "kind", ["etag", "nothing", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("date", "digest", "weak"))]
@@ -150,6 +151,7 @@ def test_a_load_accepts_the_indexed_file_from_a_server_without_validators(cli: C
         assert loaded() == before
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("path", ["/api/models/12345", "/m/weights", "/m/model.v2"])
 def test_an_address_without_a_known_suffix(cli: Cli, tmp_path: Path, path: str) -> None:
     data = (make(tmp_path / "m") / "model.safetensors").read_bytes()
@@ -165,6 +167,7 @@ def test_an_address_without_a_known_suffix(cli: Cli, tmp_path: Path, path: str) 
         cli("rm", "web")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("data", [b"", b"no checkpoint", b"\0" * 1000, b"<html>"])
 def test_what_is_no_checkpoint_at_an_address_without_a_suffix(cli: Cli, tmp_path: Path, data: bytes) -> None:
     with serve({"/12345": data}) as server:

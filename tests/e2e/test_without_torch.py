@@ -86,6 +86,7 @@ def served(folder: Path) -> Mapping[str, bytes]:
     return {f"/m/{path.name}": path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("prelude", [ABSENT, ""], ids=["absent", "present"])
 def test_commands_that_need_no_torch(
     answers: Callable[..., list[Answer]], cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prelude: str

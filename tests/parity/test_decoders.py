@@ -217,6 +217,7 @@ def test_logits_at_given_positions(both: tuple[DecoderLM, nn.Module]) -> None:
     assert relative_difference(found, expected) <= TOLERANCE
 
 
+@pytest.mark.few(5)
 def test_greedy_continuation(both: tuple[DecoderLM, nn.Module]) -> None:
     ours, theirs = both
     ids = tokens(2, 11)
@@ -226,6 +227,7 @@ def test_greedy_continuation(both: tuple[DecoderLM, nn.Module]) -> None:
     assert torch.equal(ours.generate(ids, max_new_tokens=20), expected)
 
 
+@pytest.mark.few(5)
 def test_greedy_continuation_of_a_padded_batch(both: tuple[DecoderLM, nn.Module]) -> None:
     ours, theirs = both
     ids, mask = tokens(3, 11), padding([11, 6, 1], 11, "left")

@@ -139,6 +139,7 @@ def outputs(model: Module, family: str) -> Tensor:
     return value
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize(("name", "config"), CASES.values(), ids=CASES.keys())
 def test_a_configuration_there_and_back(tmp_path: Path, name: str, config: Any) -> None:
     family = get_family(name)

@@ -198,6 +198,7 @@ def logits(model: Module, case: Case, dtype: torch.dtype = torch.float32) -> Ten
     return output["logits_per_image" if "logits_per_image" in output else "logits"]
 
 
+@pytest.mark.few(6)
 @by_case
 def test_a_folder_loads_as_from_pretrained_loads_it(case: Case, folder: Callable[[Case], Path]) -> None:
     path = folder(case)
@@ -211,6 +212,7 @@ def test_a_folder_loads_as_from_pretrained_loads_it(case: Case, folder: Callable
         assert torch.equal(logits(ours, case), logits(expected, case))
 
 
+@pytest.mark.few(5)
 @by_case
 def test_in_half_precision_too(case: Case, folder: Callable[[Case], Path]) -> None:
     path = folder(case)
@@ -305,6 +307,7 @@ def under_a_further_name(state: dict[str, Tensor], table: str, output: str) -> d
     return state | {"decoder.embed_tokens.weight": state.pop(table)}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("kls", "config", "values", "table", "output", "edit"),
     [

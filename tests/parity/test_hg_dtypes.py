@@ -126,6 +126,7 @@ def compare(model_type: str, folder: Path) -> list[str] | None:
     return found
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_model_is_the_same_in_every_precision(model_type: str, tmp_path: Path) -> None:
     assert compare(model_type, tmp_path) == []

@@ -236,6 +236,7 @@ def test_all_problems_of_all_files_are_listed(database: Database) -> None:
     assert str(problems).count("\n") == 1
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("address", "scheme"),
     [

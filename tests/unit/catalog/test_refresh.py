@@ -248,6 +248,7 @@ def test_two_processes_with_different_folders(tmp_path: Path, mine: Write, setti
     assert cards(other) == {}
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("deep", [True, False])
 @pytest.mark.parametrize("state", ["missing", "empty", "unreadable"])
@@ -313,6 +314,7 @@ def test_a_single_file_on_a_share(tmp_path: Path, seed: Write) -> None:
     assert cards(settings) == {}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("how", ["replaced", "in place"])
 def test_a_file_of_the_same_size_and_times(

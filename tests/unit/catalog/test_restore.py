@@ -276,6 +276,7 @@ def test_a_reader_who_cannot_use_the_log(tmp_path: Path, leave: object) -> None:
         assert ghosts == [(int(leave is leave_a_log),)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("door", [check_catalog, lifecycle.backup, lifecycle.upgrade, open_catalog_readonly])
 def test_who_can_write_undoes_what_was_left_half_done(tmp_path: Path, settings: Settings, door: object) -> None:
     journal = leave_a_journal(tmp_path / "catalog.sqlite")

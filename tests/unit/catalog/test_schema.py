@@ -80,6 +80,7 @@ def test_the_digest_is_that_of_the_migrations(tmp_path: Path) -> None:
         assert digest_of(objects_of(connection)) == SCHEMA_DIGEST
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("copied_catalogs")
 @pytest.mark.parametrize("version", range(HEAD + 1))
 def test_the_way_to_a_schema_leaves_no_trace_in_it(tmp_path: Path, version: int) -> None:
@@ -214,6 +215,7 @@ def test_upgrade_of_what_is_up_to_date_does_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "catalog.sqlite").read_bytes() == before
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("copied_catalogs")
 @pytest.mark.parametrize("version", range(HEAD))
 def test_a_version_that_was_forged_back(tmp_path: Path, version: int) -> None:

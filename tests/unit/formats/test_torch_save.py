@@ -279,6 +279,7 @@ STRIDED: dict[str, torch.Tensor] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_strided_tensors_are_rewritten_once(tmp_path: Path, legacy: bool) -> None:
     path, cache = _written(tmp_path / "model.pt", {"model": STRIDED}, legacy=legacy), tmp_path / "cache"

@@ -178,6 +178,7 @@ def test_boxes_under_both() -> None:
     assert own["model.norm.weight"] == Box((8,), (8,))
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("sizes", [{"sdp": 3}, {"tp": 4}, {"tp": 2, "sdp": 3}, {"rdp": 2, "sdp": 2}, {"rdp": 2}])
 @each_family
 def test_the_ranks_together_own_everything_alike(name: str, sizes: dict[str, int]) -> None:

@@ -73,6 +73,7 @@ def test_what_a_server_says_of_a_file(cache: Cache) -> None:
     assert not cache.folder.exists()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("headers", "validator"),
     [
@@ -108,6 +109,7 @@ def test_published_digests(cache: Cache, headers: dict[str, str], known: bool) -
     assert found == (hashlib.sha256(b"").hexdigest() if known else None)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("validator", ["etag", "date", "digest", "none"])
 @pytest.mark.parametrize("size", [0, 1, 65536, 65537, 300_000])
 def test_files_of_all_sizes(cache: Cache, size: int, validator: str) -> None:
@@ -266,6 +268,7 @@ def test_a_file_that_changed_is_checked_again(cache: Cache, damage: str) -> None
         assert server.gets() == []
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("harm", ["file", "file and entry"])
 def test_what_another_catalog_wrote_is_checked_once(cache: Cache, harm: str, published: bool) -> None:

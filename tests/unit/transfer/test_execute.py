@@ -202,6 +202,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load(tensor, file).equal(tensor)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("offset", [0, 4096, 24, 4095])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_cold_files_are_read_past_the_page_cache(tmp_path: Path, offset: int, dtype: str) -> None:
@@ -262,6 +263,7 @@ def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("is_cold", [False, True])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("offset", [pytest.param(0, marks=pytest.mark.slow), 24, 4095])
@@ -369,6 +371,7 @@ class SlowDevice:
             passed.set()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("threads", [1, 3])
@@ -441,6 +444,7 @@ def evict(path: Path) -> None:
     os.close(fd)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("dtype", [None, "F16"])
@@ -484,6 +488,7 @@ def test_a_file_that_is_cut_is_not_hashed(tmp_path: Path) -> None:
         hash_checkpoint(manifest, [file])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("rank", [0, 3])
