@@ -20,15 +20,16 @@ from lading.families import bert, llama, mistral, qwen
 from lading.formats.manifest import BITS, Manifest
 from lading.formats.manifest import Shard as File
 from lading.gangs import simulate_gangs
-from lading.models.construct import build_on_meta, resolve_dtypes, split
+from lading.models.construct import build_on_meta, split
+from lading.models.dtype import resolve_dtypes
 from lading.models.family import Family
+from lading.models.fit import match
 from lading.models.targets import targets_of
 from lading.operations import plan_reads as forecasting
 from lading.operations.plan import LoadPlan, RankPlan, plan_checkpoint
 from lading.operations.plan_reads import Layout, forecast, lay_out
 from lading.planning import plan as plans
 from lading.planning.plan import Wanted, plan
-from lading.planning.rules import route
 from lading.transfer.dtypes import TORCH_DTYPES
 
 SMALL = {"model_dim": 24, "vocab_size": 37, "num_layers": 2, "num_attn_heads": 4, "ffn_inner_dim": 40}
@@ -85,16 +86,10 @@ def by_itself(
     module = build_on_meta(family, config)
     with simulate_gangs(rank, **sizes) as gangs:
         targets = split(module, family, config, gangs, dtype=dtype)
-        routed = route(
-            manifest.names,
-            targets.names,
-            family.rules_for(config, manifest.names),
-            targets.aliases,
-            shapes=manifest.shapes,
-            target_shapes=targets.shapes,
-        )
+        found = match(manifest, targets, family, config)
+        routed = found.routed
         boxes = [targets.boxes[i] for i in routed.targets]
-        dtypes = resolve_dtypes(targets, routed, manifest, sdp=gangs.sdp.size)
+        dtypes = resolve_dtypes(found, sdp=gangs.sdp.size)
         planned = plan(manifest, Wanted(tensors=routed.tensors, boxes=boxes, dtypes=dtypes, composed=routed.composed))
         memory: Counter[str] = Counter()
         for box, own in zip(boxes, dtypes, strict=True):

@@ -236,10 +236,9 @@ def _identity(ref: CheckpointRef) -> str:
         return path_uri(path if ref.path is None else path / ref.path)
     if ref.scheme not in HUB_SCHEMES:
         return ref.key.rstrip("/")
-    address = HubAddress.from_uri(ref.uri)
-    inner = "/".join(part.strip("/") for part in (address.inner, ref.path) if part)
+    address = HubAddress.from_uri(ref.uri).below(ref.path)
 
-    return replace(address, repo=address.repo.casefold(), inner=inner or None).uri
+    return replace(address, repo=address.repo.casefold()).uri
 
 
 def _spellings(uri: str) -> list[str]:

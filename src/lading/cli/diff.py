@@ -12,7 +12,7 @@ from lading.cli.command import command
 from lading.cli.complete import complete_comparable
 from lading.cli.options import no_progress, no_restrict
 from lading.cli.output import Column, Form, listing_options, note, printable, text, write_rows
-from lading.system.display import counted
+from lading.system.display import counted, runs_of
 
 if TYPE_CHECKING:
     from lading.operations.diff import DiffReport
@@ -155,12 +155,7 @@ def _numbers(numbers: Sequence[int], of: Sequence[int]) -> str:
 
     :param of: all that there are.
     """
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
+    runs = runs_of(sorted(numbers))
     if len(runs) > _MOST_RUNS:
         return f"{runs[0][0]} to {runs[-1][1]} ({len(numbers)} of {len(of)})"
 

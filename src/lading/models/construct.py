@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,12 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lading.errors import InternalError, ModelConfigError, NotSupportedError
-from lading.formats.manifest import Manifest
 from lading.gangs import Gangs
 from lading.models.family import Family, check_config_type
 from lading.models.pipeline import modules_of_other_dtype, parameter_names
 from lading.models.targets import Targets, is_distributed, targets_of
 from lading.planning.box import Box
-from lading.planning.rules import Route
-from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from lading.transfer.dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from lading.models.placements import DTensorFactory
@@ -202,64 +199,6 @@ def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *
     own = targets_of(module, dtype=dtype, others=others)
 
     return own if whole is None else whole.on_stage(own)
-
-
-def resolve_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: int) -> list[str]:
-    """Return the dtype in memory of each routed tensor: the requested dtype, or the one in the checkpoint.
-
-    Parameters that are gathered together must have one dtype: if ``sdp`` ranks shard them, all parameters without a
-    requested dtype get the checkpoint's most common one. Buffers are not sharded.
-    """
-    free = [targets.dtypes[i] is None and targets.names[i] in targets.parameters for i in routed.targets]
-    own = [manifest.dtypes[t] for t in routed.tensors]
-
-    if sdp > 1:
-        elements = _count_elements(targets, routed, manifest, only=targets.parameters)
-        if len(elements) > 1:
-            common = max(elements, key=elements.__getitem__)
-            log.warning(
-                "the checkpoint holds weights as %s, but parameters that are sharded together must have one dtype: "
-                "all are loaded as %s, the most common one",
-                ", ".join(sorted(elements)),
-                common,
-            )
-            own = [common if is_free else dtype for is_free, dtype in zip(free, own, strict=True)]
-
-    return [targets.dtypes[i] or dtype for i, dtype in zip(routed.targets, own, strict=True)]
-
-
-def dtypes_of_drawn(targets: Targets, routed: Route, manifest: Manifest) -> dict[str, torch.dtype]:
-    """Return the dtypes of the tensors that are not in the checkpoint: the requested one, or its most common one."""
-    if not routed.drawn:
-        return {}
-
-    common = DTYPE_NAMES[common_dtype(targets, routed, manifest)]
-    own = dict(zip(targets.names, targets.dtypes, strict=True))
-
-    return {name: TORCH_DTYPES[own[name] or common] for name in routed.drawn}
-
-
-def common_dtype(targets: Targets, routed: Route, manifest: Manifest) -> torch.dtype:
-    """Return the most common dtype in the checkpoint among tensors without a requested dtype."""
-    elements = _count_elements(targets, routed, manifest)
-
-    return TORCH_DTYPES[max(elements, key=elements.__getitem__, default="F32")]
-
-
-def _count_elements(
-    targets: Targets, routed: Route, manifest: Manifest, only: Collection[str] | None = None
-) -> dict[str, int]:
-    """Count the elements of tensors without a requested dtype, by their dtype in the checkpoint.
-
-    :param only: the names of the targets to count; by default all.
-    """
-    elements: dict[str, int] = {}
-    for i, tensor in zip(routed.targets, routed.tensors, strict=True):
-        if targets.dtypes[i] is None and (only is None or targets.names[i] in only):
-            dtype = manifest.dtypes[tensor]
-            elements[dtype] = elements.get(dtype, 0) + math.prod(targets.shapes[i])
-
-    return elements
 
 
 def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> int:

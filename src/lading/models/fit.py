@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lading.checkpoints.adapter import Adapter
+from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.formats.manifest import FLOATS, Manifest
 from lading.models.adapters import NO_MERGE, Merge, match_adapters
@@ -69,6 +70,31 @@ class CheckReport:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """The match of the tensors of a checkpoint, and of adapters, with the targets of a model."""
+
+    family: Family[Any, Any]
+    config: Any
+    manifest: Manifest
+    targets: Targets
+    routed: Route
+    """The tensors of the checkpoint that make targets, except for targets that an adapter has whole."""
+    merge: Merge = NO_MERGE
+    """The changes that the adapters make."""
+
+    def block_dims(self) -> array[int]:
+        """Return for each tensor the dim along which digests cut it: that of the ranks, so that they can check."""
+        plan = self.family.parallel_plan(self.config)
+        dims = array("b", [0]) * len(self.manifest)
+        for target, tensor in zip(self.routed.targets, self.routed.tensors, strict=True):
+            dim = plan.shard_dim(self.targets.names[target])
+            if dim < len(self.manifest.shapes[tensor]):
+                dims[tensor] = dim
+
+        return dims
+
+
 def check_manifest(
     manifest: Manifest, family: Family[Any, Any], config: Any, adapters: Sequence[Adapter] = ()
 ) -> CheckReport:
@@ -77,30 +103,46 @@ def check_manifest(
 
     :raises TypeError: ``config`` is not of the family's class.
     """
-    targets = targets_of_config(family, config)
-    routed, merge = match_merged(manifest, adapters, targets, family, config)
-
-    return report_fit(manifest, targets, routed, family=family, merge=merge)
+    return report_fit(match(manifest, targets_of_config(family, config), family, config, adapters))
 
 
-def match_merged(
-    manifest: Manifest, adapters: Sequence[Adapter], targets: Targets, family: Family[Any, Any], config: Any
-) -> tuple[Route, Merge]:
-    """Match tensors of a checkpoint, and of adapters, with parameters and persistent buffers of a model.
+def fit(
+    checkpoint: Checkpoint,
+    targets: Targets,
+    family: Family[Any, Any],
+    config: Any,
+    adapters: Sequence[Adapter] = (),
+) -> Match:
+    """Match a checkpoint, and adapters, with the targets of a model that they fit.
 
-    :returns: the tensors of the checkpoint that make targets, except for targets that an adapter has whole; and what
-        the adapters do.
+    :raises ModelCheckpointMismatchError: they do not fit; with all problems together.
+    :raises NotSupportedError: weights are quantized.
     """
-    routed = match(manifest, targets, family, config)
-    if not adapters:
-        return routed, NO_MERGE
-    merge = match_adapters(adapters, manifest, targets, routed, family=family, config=config)
+    found = match(checkpoint.manifest, targets, family, config, adapters)
+    require_fit(report_fit(found), path=checkpoint.where, name=checkpoint.name)
 
-    return routed.without(merge.replaced), merge
+    return found
 
 
-def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config: Any) -> Route:
-    """Match tensors of a checkpoint with parameters and persistent buffers of a model."""
+def match(
+    manifest: Manifest,
+    targets: Targets,
+    family: Family[Any, Any],
+    config: Any,
+    adapters: Sequence[Adapter] = (),
+) -> Match:
+    """Match tensors of a checkpoint, and of adapters, with parameters and persistent buffers of a model."""
+    routed = _route(manifest, targets, family, config)
+    merge = NO_MERGE
+    if adapters:
+        merge = match_adapters(adapters, manifest, targets, routed, family=family, config=config)
+        routed = routed.without(merge.replaced)
+
+    return Match(family=family, config=config, manifest=manifest, targets=targets, routed=routed, merge=merge)
+
+
+def _route(manifest: Manifest, targets: Targets, family: Family[Any, Any], config: Any) -> Route:
+    """Return the tensors that make the targets, without those targets that the checkpoint may lack by design."""
     routed = route(
         manifest.names,
         targets.names,
@@ -121,15 +163,14 @@ def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config
     )
 
 
-def report_fit(
-    manifest: Manifest, targets: Targets, routed: Route, *, family: Family[Any, Any], merge: Merge = NO_MERGE
-) -> CheckReport:
-    """Report as :func:`check_manifest`, for a built model whose tensors have been assigned."""
+def report_fit(match: Match) -> CheckReport:
+    """Report as :func:`check_manifest`, for tensors that have been matched."""
+    manifest, targets, routed = match.manifest, match.targets, match.routed
     quantized = {manifest.names[t]: manifest.dtypes[t] for t in _quantized(manifest, targets, routed)}
     problems = [f"quantized: {name} is stored as {dtype}" for name, dtype in quantized.items()]
     problems += _problems(manifest, targets, routed)
-    advice = _advice(targets, routed, family) if problems else _OF_ADAPTERS
-    problems += merge.problems
+    advice = _advice(targets, routed, match.family) if problems else _OF_ADAPTERS
+    problems += match.merge.problems
 
     tied = {
         manifest.names[tensor]: targets.names[target]
@@ -142,7 +183,7 @@ def report_fit(
     known.update(name for _, names in routed.clashes for name in names)
 
     return CheckReport(
-        family=family.name,
+        family=match.family.name,
         problems=tuple(problems),
         quantized=quantized,
         tensors=len(manifest),
@@ -248,20 +289,6 @@ def _some(problems: Sequence[str]) -> list[str]:
     num_others = min(len(others), max(_MAX_LINES // 2, _MAX_LINES - len(missing)))
 
     return [*missing[: _MAX_LINES - num_others], *others[:num_others]]
-
-
-def block_dims(
-    manifest: Manifest, family: Family[Any, Any], config: Any, targets: Targets, routed: Route
-) -> array[int]:
-    """Return for each tensor the dim along which digests cut it: that of the ranks, so that they can check."""
-    plan = family.parallel_plan(config)
-    dims = array("b", [0]) * len(manifest)
-    for target, tensor in zip(routed.targets, routed.tensors, strict=True):
-        dim = plan.shard_dim(targets.names[target])
-        if dim < len(manifest.shapes[tensor]):
-            dims[tensor] = dim
-
-    return dims
 
 
 _WIDER: Mapping[str, frozenset[str]] = {

@@ -14,7 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -41,19 +41,16 @@ from lading.gangs import Gangs
 from lading.models.construct import (
     assign,
     build_on_meta,
-    common_dtype,
-    dtypes_of_drawn,
     init_missing,
     reset_buffers,
-    resolve_dtypes,
     split,
 )
-from lading.models.dtype import model_dtype
+from lading.models.dtype import common_dtype, dtypes_of_others, model_dtype, resolve_dtypes
 from lading.models.family import Family, check_config_type, get_family
-from lading.models.fit import block_dims, match_merged, name_of, report_fit, require_fit
+from lading.models.fit import Match, fit, name_of
 from lading.models.merge import Merger
 from lading.models.report import Clock, LoadReport
-from lading.models.resolve import resolve_model
+from lading.models.resolve import ResolveOptions, resolve_model
 from lading.models.targets import Targets
 from lading.models.tensors import read_tensors
 from lading.models.ties import are_same, different_copies, tied_mismatch_error
@@ -145,14 +142,16 @@ def load(
             model = resolve_model(
                 target,
                 store,
-                revision=options.revision,
                 family=family,
                 config=config,
-                restrict=options.restrict,
                 families=options.families,
-                progress=options.progress,
-                accept_others=options.verify == "never",
-                fetches=options.stream is not True,
+                options=ResolveOptions(
+                    revision=options.revision,
+                    restrict=options.restrict,
+                    progress=options.progress,
+                    accept_others=options.verify == "never",
+                    fetches=options.stream is not True,
+                ),
             )
             opened = model.store
             if model.contradictions:
@@ -240,9 +239,8 @@ def _load(
             targets = split(module, family, config, gangs, dtype=dtype)
 
         with clock.phase("plan"):
-            routed, merge = match_merged(manifest, adapters, targets, family, config)
-            fit = report_fit(manifest, targets, routed, family=family, merge=merge)
-            require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+            match = fit(checkpoint, targets, family, config, adapters)
+            routed = match.routed
         if family.untie is None or untied or not routed.duplicates:
             break
 
@@ -250,7 +248,7 @@ def _load(
         with clock.phase("fetch"):
             checkpoint = bring(checkpoint)
         with clock.phase("read"):
-            untied = gangs.root.first(partial(different_copies, checkpoint, targets, routed))
+            untied = gangs.root.first(partial(different_copies, checkpoint, match))
         if not untied:
             break
 
@@ -259,7 +257,7 @@ def _load(
         wanted = Wanted(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in order],
-            dtypes=resolve_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
+            dtypes=resolve_dtypes(match, sdp=gangs.sdp.size),
             composed=routed.composed,
         )
         planned = plan(manifest, wanted, mapped=options.maps)
@@ -269,7 +267,7 @@ def _load(
         added = [share(adapter.checkpoint, gangs.root, fetch) for adapter in adapters]
         # The ranks of a host that read together see all of its bytes.
         groups = hosts if options.cooperative else gangs.root.size
-        dims_of = partial(block_dims, manifest, family, config, targets, routed)
+        dims_of = match.block_dims
         if checkpoint.streamed is None:
             prepare = partial(
                 prepare_verification, checkpoint, store, options.verify, dims_of, ranks=groups, progress=progress
@@ -298,7 +296,7 @@ def _load(
             )  # fmt: skip
         by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
         if family.untie is None:  # otherwise all copies have been compared
-            _check_tied(checkpoint, config, targets, routed, by_name)
+            _check_tied(checkpoint, match, by_name)
 
     verified: bool | None = None
     if checkpoint.streamed is not None:
@@ -312,19 +310,19 @@ def _load(
         with clock.phase("merge"):
             for each in added:
                 verify_whole(each, store, options.verify, gangs.root, progress=progress)
-            own = dtypes_of_drawn(targets, replace(routed, drawn=tuple(merge.replaced.values())), manifest)
-            for target, name in merge.replaced.items():
+            replaced = match.merge.replaced
+            own = dtypes_of_others(match, [*replaced.values()])
+            for target, name in replaced.items():
                 by_name[name] = torch.empty(targets.boxes[target].sizes, dtype=own[name], device=device)
-            merger = Merger(merge=merge, adapters=added, base=checkpoint, targets=targets, routed=routed, config=config)
-            merger.merge_into(by_name, progress=progress)
+            Merger(match=match, base=checkpoint, adapters=added).merge_into(by_name, progress=progress)
 
     with clock.phase("assemble"):
         drawn: dict[str, Tensor] = {}
-        if missing := dtypes_of_drawn(targets, routed, manifest):
+        if missing := dtypes_of_others(match, routed.drawn):
             log.info("%s lacks %s: they are initialized as in a new model", checkpoint.name, ", ".join(missing))
             drawn = init_missing(build_on_meta(family, config), family, config, targets, missing, gangs)
         copied = assign(module, by_name | drawn, targets.aliases)
-        reset_buffers(module, family, config, device, dtype or common_dtype(targets, routed, manifest))
+        reset_buffers(module, family, config, device, dtype or common_dtype(match))
 
     loaded = _elements_by_dtype(by_name.values())
     stream = checkpoint.stream
@@ -341,7 +339,7 @@ def _load(
         bytes_mapped=sum(
             t.nbytes
             for i, t, home in zip(order, moved.tensors, planned.homes, strict=True)
-            if home >= 0 and i not in merge.changes
+            if home >= 0 and i not in match.merge.changes
         ),
         bytes_copied=copied,
         reads=moved.reads if stream is None else stream.requests,
@@ -363,19 +361,16 @@ def _load(
     return module, report
 
 
-def _check_tied(
-    checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]
-) -> None:
-    """Check that the copies of a tied parameter in the checkpoint are equal."""
-    manifest = checkpoint.manifest
-    for target, source in routed.duplicates:
-        name, copy = targets.names[target], name_of(source, manifest)
-        mine, box = loaded[name], targets.boxes[target]
+def _check_tied(checkpoint: Checkpoint, match: Match, loaded: Mapping[str, Tensor]) -> None:
+    """Check that the copies of a tied parameter in the checkpoint are equal to what was loaded."""
+    for target, source in match.routed.duplicates:
+        name, copy = match.targets.names[target], name_of(source, match.manifest)
+        mine, box = loaded[name], match.targets.boxes[target]
         for slab in box.slabs(_COMPARED):
             part = mine if slab == box else mine[slab.starts[0] - box.starts[0] :][: slab.sizes[0]]
             (other,) = read_tensors(checkpoint, [source], [DTYPE_NAMES[mine.dtype]], boxes=[slab])
             if not are_same(part.cpu(), other):
-                raise tied_mismatch_error(checkpoint, config, copy, name)
+                raise tied_mismatch_error(checkpoint, match.config, copy, name)
 
 
 def _sources(routed: Route, targets: Targets) -> list[Source]:

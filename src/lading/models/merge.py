@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.models.adapters import Change, Factors, Merge
-from lading.models.targets import Targets
+from lading.models.adapters import Change, Factors
+from lading.models.fit import Match
 from lading.models.tensors import read_tensors
 from lading.models.ties import are_same, tied_mismatch_error
 from lading.planning.box import Box
 from lading.planning.composition import Source, pieces, tensors_of
-from lading.planning.rules import Route
 from lading.transfer.drive import busy, cores, drive
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
 
@@ -35,13 +34,9 @@ _BATCH = 64 << 20
 class Merger:
     """A merge whose files are on this machine."""
 
-    merge: Merge
-    adapters: Sequence[Checkpoint]
+    match: Match
     base: Checkpoint
-    targets: Targets
-    routed: Route
-    """The tensors of the base that make the targets."""
-    config: Any
+    adapters: Sequence[Checkpoint]
 
     def merge_into(self, tensors: Mapping[str, Tensor], *, progress: bool = False) -> None:
         """Merge the adapters into this rank's parts of targets, in place, in float32; round the result once.
@@ -53,9 +48,9 @@ class Merger:
 
         :raises ModelCheckpointMismatchError: an adapter has different values for one tied parameter.
         """
-        names, boxes = self.targets.names, self.targets.boxes
-        mine = [target for target in self.merge.changes if names[target] in tensors and boxes[target].numel > 0]
-        sources = dict(self.routed.sources())
+        names, boxes = self.match.targets.names, self.match.targets.boxes
+        mine = [target for target in self.match.merge.changes if names[target] in tensors and boxes[target].numel > 0]
+        sources = dict(self.match.routed.sources())
         with _full_precision():
             for batch in self._batches(mine):
                 values = [tensors[names[target]] for target in batch]
@@ -86,8 +81,8 @@ class Merger:
 
     def _factors_of(self, target: int) -> Iterator[tuple[int, int]]:
         """Yield the adapter and the position of each factor that this rank's part of a target needs."""
-        for change in self.merge.changes[target]:
-            for tensor, _ in pieces(change.source, change.shapes, self.targets.boxes[target]):
+        for change in self.match.merge.changes[target]:
+            for tensor, _ in pieces(change.source, change.shapes, self.match.targets.boxes[target]):
                 part = change.parts.get(tensor)
                 if isinstance(part, Factors):
                     yield change.adapter, part.a
@@ -109,7 +104,7 @@ class Merger:
 
     def _merge(self, value: Tensor, target: int, factors: _Read, source: Source | None) -> int:
         """Merge the changes of one target into ``value``; return its bytes."""
-        box, own = self.targets.boxes[target], DTYPE_NAMES[value.dtype]
+        box, own = self.match.targets.boxes[target], DTYPE_NAMES[value.dtype]
         exact = "F64" if own == "F64" else "F32"
         # Values that were rounded when they were read are read once more, as the sum is to be rounded once.
         again = (
@@ -125,12 +120,12 @@ class Merger:
             else:
                 total = chunk.to(TORCH_DTYPES[exact])
             replaced = False
-            for change in self.merge.changes[target]:
+            for change in self.match.merge.changes[target]:
                 into = torch.empty_like(total) if change.replaces and replaced else total
                 self._apply(change, slab, into, factors)
                 if into is not total and not are_same(into, total):
-                    adapter, name = self.adapters[change.adapter], self.targets.names[target]
-                    raise tied_mismatch_error(adapter, self.config, self.targets.aliases_of(name)[0], name)
+                    adapter, name = self.adapters[change.adapter], self.match.targets.names[target]
+                    raise tied_mismatch_error(adapter, self.match.config, self.match.targets.aliases_of(name)[0], name)
                 replaced = replaced or change.replaces
             if total is not chunk:
                 chunk.copy_(total)

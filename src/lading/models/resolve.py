@@ -36,6 +36,21 @@ log = logging.getLogger("lading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResolveOptions:
+    """The options of a resolution: how its checkpoint is looked up."""
+
+    revision: str | None = None
+    """The revision of a repository, as :func:`lading.checkpoints.names.find_card` takes it."""
+    restrict: bool = True
+    """``restrict`` of :func:`lading.formats.index`; for a path."""
+    progress: bool = False
+    """``True`` to show a bar on stderr if the manifest takes a download."""
+    accept_others: bool = False
+    """``accept_others`` of :func:`lading.checkpoints.locate.card_checkpoint`; likewise below."""
+    fetches: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
     """A name, a card or a path, resolved to everything that a load needs."""
 
@@ -55,35 +70,31 @@ class ResolvedModel:
     """The clauses of :func:`lading.models.hf_config.contradictions` about the card."""
 
 
+_DEFAULT = ResolveOptions()
+
+
 def resolve_model(
     target: AssetCard | str | Path,
     store: CardStore | None = None,
     *,
-    revision: str | None = None,
     family: Family[Any, Any] | None = None,
     config: Any = None,
     checkpoint: Checkpoint | None = None,
-    restrict: bool = True,
     families: Mapping[str, Family[Any, Any]] | None = None,
-    progress: bool = False,
-    accept_others: bool = False,
-    fetches: bool = True,
+    options: ResolveOptions = _DEFAULT,
 ) -> ResolvedModel:
     """Resolve a card, a name, an address or a path to a family, a configuration and a checkpoint.
 
     A card states them. Without a family, that is the one of the ``config.json`` beside its checkpoint; without an
     architecture, its overrides apply to the configuration in that file.
 
-    :param target: as :func:`lading.checkpoints.names.find_card` takes it; likewise ``revision``.
+    :param target: as :func:`lading.checkpoints.names.find_card` takes it.
     :param store: default: the default store.
     :param family: the family that is asked for; default: that of the card, or of ``config.json``.
     :param config: instead of the card's configuration, or of the one in ``config.json``. A path for which a family and
         a configuration are given is taken as it is, even if a card has it.
     :param checkpoint: the checkpoint of the card, if the caller has found it.
-    :param restrict: as :func:`lading.formats.index` takes it; for a path.
     :param families: the families that a card may name, by name; default: those that are registered.
-    :param progress: show a bar on stderr if the manifest takes a download.
-    :param accept_others: as :func:`lading.checkpoints.locate.card_checkpoint` takes it; likewise ``fetches``.
 
     :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
     :raises AssetCardError: the card is of another family, its family is not registered, or its overrides do not fit.
@@ -97,9 +108,9 @@ def resolve_model(
     if isinstance(target, Path) and family is not None and config is not None:
         found: AssetCard | Path = expand_home(target)
     else:
-        found = find_card(target, store, revision=revision, family=None if family is None else family.name)
+        found = find_card(target, store, revision=options.revision, family=None if family is None else family.name)
     if isinstance(found, Path):
-        return _resolve_path(found, None if store is None else open_store(store), family, config, restrict=restrict)
+        return _resolve_path(found, None if store is None else open_store(store), family, config, options)
 
     card, store = found, open_store(store)
     if card.has_field("model_family"):
@@ -110,7 +121,9 @@ def resolve_model(
     if family is not None and config is not None:
         check_config_type(config, family)
     if checkpoint is None:
-        checkpoint = card_checkpoint(card, store, progress=progress, accept_others=accept_others, fetches=fetches)
+        checkpoint = card_checkpoint(
+            card, store, progress=options.progress, accept_others=options.accept_others, fetches=options.fetches
+        )
 
     clauses: tuple[str, ...] = ()
     if family is None or config is None:
@@ -124,7 +137,7 @@ def resolve_model(
         if hf_config and _states_config(card):
             clauses = contradictions(family, config, hf_config)
     config = _complete(config, family, checkpoint, store)
-    adapters = card_adapters(card, checkpoint, store, progress=progress, accept_others=accept_others)
+    adapters = card_adapters(card, checkpoint, store, progress=options.progress, accept_others=options.accept_others)
 
     return ResolvedModel(
         name=card.name,
@@ -139,7 +152,7 @@ def resolve_model(
 
 
 def _resolve_path(
-    path: Path, store: AssetStore | None, family: Family[Any, Any] | None, config: Any, *, restrict: bool
+    path: Path, store: AssetStore | None, family: Family[Any, Any] | None, config: Any, options: ResolveOptions
 ) -> ResolvedModel:
     if family is None or config is None:
         asked = family
@@ -147,11 +160,16 @@ def _resolve_path(
         _require_asked(asked, family, str(path))
         config = read if config is None else config
     check_config_type(config, family)
-    settings = Settings.from_environment() if store is None else store.settings
-    checkpoint = path_checkpoint(path, cache=settings.cache_dir, restrict=restrict)
+    checkpoint = _path_checkpoint(path, store, restrict=options.restrict)
     config = _complete(config, family, checkpoint, None)
 
     return ResolvedModel(name=str(path), family=family, config=config, checkpoint=checkpoint, card=None, store=None)
+
+
+def _path_checkpoint(path: Path, store: AssetStore | None, *, restrict: bool) -> Checkpoint:
+    settings = Settings.from_environment() if store is None else store.settings
+
+    return path_checkpoint(path, cache=settings.cache_dir, restrict=restrict)
 
 
 def _states_config(card: AssetCard) -> bool:
@@ -212,8 +230,7 @@ def resolve_checkpoint(
     """
     found = find_card(target, store)
     if isinstance(found, Path):
-        settings = Settings.from_environment() if store is None else open_store(store).settings
-        return path_checkpoint(found, cache=settings.cache_dir, restrict=restrict)
+        return _path_checkpoint(found, None if store is None else open_store(store), restrict=restrict)
 
     if adapter_refs(found):
         log.warning("this is the checkpoint of %s without its adapters", found.title)

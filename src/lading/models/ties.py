@@ -13,23 +13,23 @@ from torch import Tensor
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import ModelCheckpointMismatchError
 from lading.formats.manifest import BITS
-from lading.models.targets import Targets
+from lading.models.fit import Match, name_of
 from lading.models.tensors import read_tensors
 from lading.planning.box import Box
 from lading.planning.composition import tensors_of
-from lading.planning.rules import Route
 
 _CHUNK = 64 << 20
 """The bytes of each copy to compare at a time."""
 
 
-def different_copies(checkpoint: Checkpoint, targets: Targets, routed: Route) -> tuple[str, ...]:
+def different_copies(checkpoint: Checkpoint, match: Match) -> tuple[str, ...]:
     """Return the other names of tied parameters whose copy in the checkpoint differs from the first.
 
     Values are compared in the dtype of the target.
 
     :param checkpoint: a checkpoint with local files.
     """
+    targets, routed = match.targets, match.routed
     sources = dict(routed.sources())
     found = []
     for (target, copy), name in zip(routed.duplicates, routed.further_names, strict=True):
@@ -42,6 +42,20 @@ def different_copies(checkpoint: Checkpoint, targets: Targets, routed: Route) ->
                 break
 
     return tuple(found)
+
+
+def require_equal_copies(checkpoint: Checkpoint, match: Match) -> None:
+    """Require that the copies of each tied parameter are equal.
+
+    :param checkpoint: a checkpoint with local files.
+
+    :raises ModelCheckpointMismatchError: a copy differs.
+    """
+    different = frozenset(different_copies(checkpoint, match))
+    for (target, copy), name in zip(match.routed.duplicates, match.routed.further_names, strict=True):
+        if name in different:
+            own = match.targets.names[target]
+            raise tied_mismatch_error(checkpoint, match.config, name_of(copy, match.manifest), own)
 
 
 def are_same(a: Tensor, b: Tensor) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from lading.cards.card import AssetCard
 from lading.catalog.own_store import CardStore
 from lading.models.fit import CheckReport, check_manifest
-from lading.models.resolve import resolve_model
+from lading.models.resolve import ResolveOptions, resolve_model
 
 
 def check_model(
@@ -35,7 +35,7 @@ def check_model(
     :raises CorruptModelCheckpointError: a file breaks the rules of its format.
     :raises NotSupportedError: its ``config.json`` says that it is quantized, or no registered family reads it.
     """
-    model = resolve_model(target, store, revision=revision, restrict=restrict)
+    model = resolve_model(target, store, options=ResolveOptions(revision=revision, restrict=restrict))
     report = check_manifest(model.checkpoint.manifest, model.family, model.config, model.adapters)
 
     return replace(report, contradictions=model.contradictions)

@@ -40,15 +40,15 @@ from lading.formats.config_json import CONFIG_NAME
 from lading.formats.folder import INDEX_NAME, some_names
 from lading.formats.safetensors_writer import Entry, Writer, index_of
 from lading.gangs import Gang, Gangs, create_fake_gangs
-from lading.models.construct import build_on_meta, dtypes_of_drawn, other_dtypes, resolve_dtypes
-from lading.models.dtype import model_dtype
+from lading.models.construct import build_on_meta, other_dtypes
+from lading.models.dtype import dtypes_of_others, model_dtype, resolve_dtypes
 from lading.models.family import Family, check_config_type, get_family
-from lading.models.fit import block_dims, match_merged, name_of, report_fit, require_fit
+from lading.models.fit import fit, report_fit
 from lading.models.merge import Merger
-from lading.models.resolve import arch_config, resolve_model
-from lading.models.targets import Targets, is_distributed, targets_of
+from lading.models.resolve import ResolveOptions, arch_config, resolve_model
+from lading.models.targets import is_distributed, targets_of
 from lading.models.tensors import DigestCollector, read_tensors
-from lading.models.ties import are_same, different_copies, tied_mismatch_error
+from lading.models.ties import different_copies, require_equal_copies
 from lading.models.tokenizers.tokenizer import Tokenizer
 from lading.operations.destination import Destination, Place, new_place, open_destination, place_of, require_new
 from lading.operations.export_layout import (
@@ -62,7 +62,6 @@ from lading.operations.export_layout import (
 )
 from lading.operations.register import register_model, require_own_name
 from lading.planning.composition import Source
-from lading.planning.rules import Route
 from lading.system.display import counted, human_bytes, human_count, representation
 from lading.system.progress import byte_bar
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, parse_dtype
@@ -168,85 +167,66 @@ def convert_checkpoint(
         if not isinstance(target, Path):
             raise ValueError("`arch` is only for a checkpoint at a path, as a card names its own")
         family, config = _of_architecture(arch, store)
-    model = resolve_model(
-        target,
-        store,
-        revision=revision,
-        family=family,
-        config=config,
-        restrict=restrict,
-        progress=progress,
-        accept_others=verify == "never",
-    )
+    options = ResolveOptions(revision=revision, restrict=restrict, progress=progress, accept_others=verify == "never")
+    model = resolve_model(target, store, family=family, config=config, options=options)
     name, family, config, checkpoint, store = model.name, model.family, model.config, model.checkpoint, model.store
 
-    manifest = checkpoint.manifest
     asked = model_dtype(chosen, checkpoint, store=store)
     module = build_on_meta(family, config)
     others = other_dtypes(module, family, config, asked, sdp=1)
     # config.json describes these targets: it cannot say that tied parameters are stored separately.
     described = targets = targets_of(module, dtype=asked, others=others)
     adapters = model.adapters
-    routed, merge = match_merged(manifest, adapters, targets, family, config)
-    fit = report_fit(manifest, targets, routed, family=family, merge=merge)
-    require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+    match = fit(checkpoint, targets, family, config, adapters)
+    dropped = report_fit(match).dropped
     if not drop:
-        _require_no_loss(routed.unneeded, checkpoint, family)
+        _require_no_loss(match.routed.unneeded, checkpoint, family)
     if store is not None:
         checkpoint = fetch_checkpoint(checkpoint, store, settings=store.settings, progress=progress)
-    if family.untie is not None and (untied := different_copies(checkpoint, targets, routed)):
+    if family.untie is not None and (untied := different_copies(checkpoint, match)):
         family.untie(module, untied)
         targets = targets_of(module, dtype=asked, others=others)
-        routed, merge = match_merged(manifest, adapters, targets, family, config)
+        match = fit(checkpoint, targets, family, config, adapters)
 
-    dtypes = resolve_dtypes(targets, routed, manifest, sdp=1)
+    routed, replaced = match.routed, match.merge.replaced
+    dtypes = resolve_dtypes(match, sdp=1)
     entries = [
         Entry(name=targets.names[i], dtype=d, shape=targets.shapes[i])
         for i, d in zip(routed.targets, dtypes, strict=True)
     ]
-    sources = [routed.composed.get(i, tensor) for i, tensor in enumerate(routed.tensors)]
-    own = dtypes_of_drawn(targets, replace(routed, drawn=tuple(merge.replaced.values())), manifest)
+    sources = {targets.names[target]: source for target, source in routed.sources()}
+    own = dtypes_of_others(match, [*replaced.values()])
     added = [
         Entry(name=name, dtype=DTYPE_NAMES[own[name]], shape=targets.shapes[target])
-        for target, name in merge.replaced.items()
+        for target, name in replaced.items()
     ]
 
     if model.card is None or store is None:
         beside: Mapping[str, Path] = files_beside(Path(name))
     else:
         beside = companions(checkpoint, model.card, store, progress=progress)
-    expected = prepare_verification(
-        checkpoint, store, verify, lambda: block_dims(manifest, family, config, targets, routed), progress=progress
-    )
-    witness = None if expected is None else DigestCollector(manifest, expected.dims)
+    expected = prepare_verification(checkpoint, store, verify, match.block_dims, progress=progress)
+    witness = None if expected is None else DigestCollector(checkpoint.manifest, expected.dims)
     values = config_values(family, config, described, [*entries, *added], beside)
     if family.untie is None:  # else the copies were compared above
-        _check_tied(checkpoint, config, targets, routed)
-
-    merger = Merger(
-        merge=merge,
-        adapters=[] if store is None else _here(adapters, store, verify, progress=progress),
-        base=checkpoint,
-        targets=targets,
-        routed=routed,
-        config=config,
-    )
+        require_equal_copies(checkpoint, match)
+    here = [] if store is None else _here(adapters, store, verify, progress=progress)
+    merger = Merger(match=match, base=checkpoint, adapters=here)
 
     with new_place(place) as new, open_destination(new) as destination:
         destination.require_space(sum(entry.nbytes for entry in (*entries, *added)))
-        by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}
         order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
         entries = [*(entries[i] for i in order), *added]
         shards = files_of(entries, shard_size)
         with byte_bar(sum(entry.nbytes for entry in entries), "write", shown=progress) as bar:
             for file, shard in shards.items():
-                _copy(destination, file, shard, merger, by_name, bar, witness)
+                _copy(destination, file, shard, merger, sources, bar, witness)
         if expected is not None and witness is not None:
             finish_verification(
                 checkpoint, expected, witness.digests(), store, create_fake_gangs("cpu").root, progress=progress
             )
         _finish(destination, shards, values, beside)
-        return replace(_report(name, family, place, destination, entries), dropped=fit.dropped)
+        return replace(_report(name, family, place, destination, entries), dropped=dropped)
 
 
 def export_model(
@@ -401,18 +381,6 @@ def _here(adapters: Sequence[Adapter], store: AssetStore, verify: Verify, *, pro
         found.append(here)
 
     return found
-
-
-def _check_tied(checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route) -> None:
-    """Require that all copies of a tied parameter are equal, as only one is written."""
-    manifest = checkpoint.manifest
-    written = {target: i for i, target in enumerate(routed.targets)}
-    for target, source in routed.duplicates:
-        i, name = written[target], targets.names[target]
-        own: Source = routed.composed.get(i, routed.tensors[i])
-        ours, other = read_tensors(checkpoint, [own, source], [manifest.dtypes[routed.tensors[i]]] * 2)
-        if not are_same(ours, other):
-            raise tied_mismatch_error(checkpoint, config, name_of(source, manifest), name)
 
 
 def _copy(

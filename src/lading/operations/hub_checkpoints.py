@@ -48,12 +48,12 @@ def hub_checkpoints(store: AssetStore) -> Mapping[str, Sequence[HubCheckpoint]]:
 
     by_repo: dict[str, list[HubCheckpoint]] = {}
     for uri, (address, ref, cards) in found.items():
-        inner = "/".join(part.strip("/") for part in (address.inner, ref.path) if part)
+        inner = address.below(ref.path).inner
         if inner and not is_file_name(inner):
             log.warning("the checkpoint %s leads out of its repository", uri)
             continue
         by_repo.setdefault(address.repo.casefold(), []).append(
-            HubCheckpoint(uri=uri, revision=address.revision, inner=inner or None, cards=tuple(cards))
+            HubCheckpoint(uri=uri, revision=address.revision, inner=inner, cards=tuple(cards))
         )
 
     return by_repo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from lading.catalog.own_store import CardStore
 from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.formats.manifest import Manifest
-from lading.models.construct import build_on_meta, dtypes_of_drawn, gc_disabled, other_dtypes, resolve_dtypes
-from lading.models.dtype import model_dtype
+from lading.models.construct import build_on_meta, gc_disabled, other_dtypes
+from lading.models.dtype import dtypes_of_others, model_dtype, resolve_dtypes
 from lading.models.family import Family, check_config_type
-from lading.models.fit import match_merged, report_fit, require_fit
+from lading.models.fit import fit
 from lading.models.parallelize import placements
 from lading.models.pipeline import holders
-from lading.models.resolve import resolve_model
+from lading.models.resolve import ResolveOptions, resolve_model
 from lading.models.targets import targets_of
 from lading.operations.plan_reads import Layout, forecast, lay_out, memory_of_others
 from lading.system.display import counted, human_bytes, representation
@@ -149,21 +149,20 @@ def plan_checkpoint(
         staged = parallel_plan.stages
         pp = 1 if staged is None else sizes["pp"]
         held = [None] * len(targets.names) if staged is None else holders(staged, targets.names, targets.aliases, pp)
-        routed, merge = match_merged(manifest, adapters, targets, family, config)
-        fit = report_fit(manifest, targets, routed, family=family, merge=merge)
-        require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+        match = fit(checkpoint, targets, family, config, adapters)
+        routed = match.routed
         layout = lay_out(
             manifest,
             routed.tensors,
             [targets.shapes[i] for i in routed.targets],
-            resolve_dtypes(targets, routed, manifest, sdp=sdp),
+            resolve_dtypes(match, sdp=sdp),
             [placed[i] for i in routed.targets],
             (pp, sdp, tp),
             routed.composed,
             stages=[held[i] for i in routed.targets],
         )
         # What adapters have whole, and what the checkpoint lacks, takes memory all the same.
-        unread = dtypes_of_drawn(targets, replace(routed, drawn=(*merge.replaced.values(), *routed.drawn)), manifest)
+        unread = dtypes_of_others(match, [*match.merge.replaced.values(), *routed.drawn])
         places = [targets.names.index(name) for name in unread]
         memory_of_unread = memory_of_others(
             [targets.shapes[i] for i in places],
@@ -235,7 +234,7 @@ def plan_load(
     It also raises what :func:`check_model` does.
     """
     chosen = parse_dtype(dtype)
-    model = resolve_model(target, store, revision=revision, restrict=restrict)
+    model = resolve_model(target, store, options=ResolveOptions(revision=revision, restrict=restrict))
 
     return plan_checkpoint(
         model.checkpoint,

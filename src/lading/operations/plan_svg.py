@@ -19,7 +19,7 @@ from lading.formats.manifest import by_layer
 from lading.operations.plan import LoadPlan
 from lading.planning.box import Box
 from lading.planning.composition import pieces, tensors_of
-from lading.system.display import human_bytes
+from lading.system.display import human_bytes, runs_of
 
 WIDTH, MARGIN, BAR, STEP = 1000.0, 24.0, 34.0, 64.0
 """The width of a bar, the margin of the picture, the height of a bar, and the step to the next one, in pixels."""
@@ -346,10 +346,7 @@ def _ranks_text(seats: Sequence[Sequence[int]]) -> str:
 
 def _runs_text(ranks: Sequence[int]) -> str:
     """Return ascending numbers as text, consecutive ones as a range."""
-    starts = [i for i in range(len(ranks)) if i == 0 or ranks[i] != ranks[i - 1] + 1]
-    runs = [(ranks[i], ranks[end - 1]) for i, end in zip(starts, [*starts[1:], len(ranks)], strict=True)]
-
-    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs)
+    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs_of(ranks))
 
 
 def _escaped(text: str) -> str:

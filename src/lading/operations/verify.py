@@ -42,7 +42,7 @@ from lading.formats.digests import Digests, default_dims, differences, recorded
 from lading.formats.folder import DISTRIBUTED_SUFFIX
 from lading.formats.safetensors import index_file
 from lading.formats.torch_save.archive import damaged_record
-from lading.models.fit import block_dims, match
+from lading.models.fit import match
 from lading.models.resolve import ResolvedModel, resolve_model
 from lading.models.shapes import targets_of_config
 from lading.sources.hub.remove import revision_of
@@ -387,11 +387,9 @@ def dims_of(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore) -> 
 
 
 def _family_dims(checkpoint: Checkpoint, model: ResolvedModel) -> array[int]:
-    manifest, family, config = checkpoint.manifest, model.family, model.config
-    targets = targets_of_config(family, config)
-    routed = match(manifest, targets, family, config)
+    family, config = model.family, model.config
 
-    return block_dims(manifest, family, config, targets, routed)
+    return match(checkpoint.manifest, targets_of_config(family, config), family, config).block_dims()
 
 
 def _record(checkpoint: Checkpoint, kinds: dict[str, CopyKind], checks: Sequence[Check], store: AssetStore) -> None:

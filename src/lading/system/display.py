@@ -41,6 +41,13 @@ def some(names: Collection[str], *, most: int = 3) -> str:
     return ", ".join(first) + (f" and {more} more" if more else "")
 
 
+def runs_of(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the first and the last of each run of consecutive numbers in ascending ones."""
+    starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
+
+    return [(numbers[i], numbers[end - 1]) for i, end in zip(starts, [*starts[1:], len(numbers)], strict=True)]
+
+
 def representation(value: object, *facts: str) -> str:
     """Return the representation of a report, a line of its class and the ``facts`` that are not empty."""
     return escaped(f"<{type(value).__name__}: {', '.join(filter(None, facts))}>")

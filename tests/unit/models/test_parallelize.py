@@ -19,15 +19,16 @@ from lading.errors import InternalError, ModelCheckpointMismatchError, NotSuppor
 from lading.families import bert, gemma3, llama, mistral, olmo, qwen
 from lading.formats.manifest import Manifest, Shard
 from lading.gangs import Gang, create_fake_gangs, simulate_gangs
-from lading.models.construct import assign, build_on_meta, create_model, resolve_dtypes
+from lading.models.construct import assign, build_on_meta, create_model
+from lading.models.dtype import resolve_dtypes
 from lading.models.family import Family
+from lading.models.fit import match
 from lading.models.hf_config import family_of_folder
 from lading.models.hub import ModelHub, load_model, load_with_report
 from lading.models.parallel_plan import ParallelPlan, Split, matches
 from lading.models.parallelize import mesh_of, parallelize
 from lading.models.targets import Targets, targets_of
 from lading.planning.box import Box
-from lading.planning.rules import Route
 from tests.helpers.make_checkpoint import make
 
 SMALL = {"model_dim": 32, "vocab_size": 40, "num_layers": 2, "num_attn_heads": 4, "ffn_inner_dim": 48}
@@ -361,9 +362,7 @@ def settle(sdp: int, parameters: str = "abd") -> list[str]:
         shard_ids=array("I", [0] * 4),
         offsets=array("q", [0] * 4),
     )
-    routed = Route(targets=array("I", range(4)), tensors=array("I", range(4)))
-    with simulate_gangs(rank=0, sdp=sdp) as gangs:
-        return resolve_dtypes(targets, routed, manifest, sdp=gangs.sdp.size)
+    return resolve_dtypes(match(manifest, targets, *CONFIGS["qwen"]), sdp=sdp)
 
 
 def test_parameters_that_are_sharded_are_of_one_dtype(caplog: pytest.LogCaptureFixture) -> None:

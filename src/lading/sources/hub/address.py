@@ -6,7 +6,7 @@ Invalid names are refused here, before a request is sent or a path is built from
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 from urllib.parse import quote, unquote
 
@@ -73,6 +73,12 @@ class HubAddress:
             raise _wrong_uri(uri, f"{inner!r} is not a plain path inside a repository")
 
         return cls(repo=repo, revision=revision if at else None, inner=inner if parts else None)
+
+    def below(self, path: str | None) -> Self:
+        """Return the address of a path inside this one; ``None`` for this one."""
+        inner = "/".join(part.strip("/") for part in (self.inner, path) if part)
+
+        return replace(self, inner=inner or None)
 
     @property
     def uri(self) -> str:
