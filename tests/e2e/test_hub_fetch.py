@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from lading.errors import CheckpointNotFoundError, DigestMismatchError, FetchError, ModelGatedError
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot
+from tests.helpers.nursery import Child, Nursery
 from tests.servers.hub import TOKEN, FakeHub, Repository, git_blob
 from tests.servers.hub_client import HubClient
 
@@ -396,35 +397,35 @@ for file in source.fetch(snapshot, snapshot.files, known=lambda _: None, progres
 """
 
 
-def _process(hub: FakeHub, home: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROCESS],
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start(nursery: Nursery, hub: FakeHub, tmp_path: Path) -> Callable[[], Child]:
+    """Starts a process that fetches a repository."""
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    return lambda: nursery.start(["-c", PROCESS], {**os.environ, **env})
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def wait_for_a_part(folder: Path) -> None:
+    while not any(p.stat().st_size for p in folder.rglob("*.incomplete")):
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_fetch_leaves_no_half_file(
-    hub: FakeHub, client: HubClient, tmp_path: Path, number: signal.Signals
+    start: Callable[[], Child], hub: FakeHub, client: HubClient, tmp_path: Path, number: signal.Signals
 ) -> None:
     large = WEIGHTS * 82  # huggingface_hub hands on 10 MiB at once
     hub.add("Qwen/Large", {"a.safetensors": large, "config.json": CONFIG})
     hub.misbehave("a.safetensors", "drip", 1)
 
-    with _process(hub, tmp_path) as process:
-        while not any(p.stat().st_size for p in tmp_path.rglob("*.incomplete")):
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, errors = process.communicate()
+    process = start()
+    wait_for_a_part(tmp_path)
+    process.signal(number)
+    ended = process.wait()
 
-    assert process.returncode == -number
+    assert ended.code == -number
     if number == signal.SIGINT:
-        assert errors.rstrip().endswith("KeyboardInterrupt")
+        assert ended.err.rstrip().endswith("KeyboardInterrupt")
         assert not list(tmp_path.rglob("*.incomplete"))
     assert not list(tmp_path.rglob("snapshots/*/a.safetensors"))
     assert {f.name: f.path.read_bytes() for f in _fetch(client, "hg://Qwen/Large")} == {
@@ -433,32 +434,32 @@ def test_an_interrupted_fetch_leaves_no_half_file(
     }
 
 
-def test_several_processes_fetch_the_same(hub: FakeHub, tmp_path: Path) -> None:
+def test_several_processes_fetch_the_same(start: Callable[[], Child], hub: FakeHub) -> None:
     hub.add("Qwen/Large", {"a.safetensors": WEIGHTS, "b.safetensors": WEIGHTS[1:], "config.json": CONFIG})
     hub.misbehave("a.safetensors", "slow", 4)
 
-    processes = [_process(hub, tmp_path) for _ in range(4)]
-    said = [process.communicate() for process in processes]
+    processes = [start() for _ in range(4)]
+    ended = [process.wait() for process in processes]
 
-    assert [process.returncode for process in processes] == [0] * 4, said
-    assert len({out for out, _ in said}) == 1
-    assert said[0][0].splitlines()[0] == f"a.safetensors {hashlib.sha256(WEIGHTS).hexdigest()}"
+    assert [each.code for each in ended] == [0] * 4, ended
+    assert len({each.out for each in ended}) == 1
+    assert ended[0].out.splitlines()[0] == f"a.safetensors {hashlib.sha256(WEIGHTS).hexdigest()}"
 
 
-def test_a_fetch_that_is_stopped_is_not_waited_for(hub: FakeHub, client: HubClient, tmp_path: Path) -> None:
+def test_a_fetch_that_is_stopped_is_not_waited_for(
+    start: Callable[[], Child], hub: FakeHub, client: HubClient, tmp_path: Path
+) -> None:
     large = WEIGHTS * 82
     hub.add("Qwen/Large", {"a.safetensors": large})
     hub.misbehave("a.safetensors", "drip", 1)
 
-    with _process(hub, tmp_path) as process:
-        while not any(p.stat().st_size for p in tmp_path.rglob("*.incomplete")):
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGSTOP)
-        code = f"from lading.sources import partial; partial.SILENCE, before = 0.5, partial.SILENCE\n{FETCH}"
-        (file,) = client(f"{code}\npartial.SILENCE = before", uri="hg://Qwen/Large", progress=False)
-        assert file.path.read_bytes() == large
-        process.kill()
+    process = start()
+    wait_for_a_part(tmp_path)
+    process.signal(signal.SIGSTOP)
+    code = f"from lading.sources import partial; partial.SILENCE, before = 0.5, partial.SILENCE\n{FETCH}"
+    (file,) = client(f"{code}\npartial.SILENCE = before", uri="hg://Qwen/Large", progress=False)
+    assert file.path.read_bytes() == large
+    process.kill()
     assert "no sign of life" in client.stderr()
 
 
