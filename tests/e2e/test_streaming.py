@@ -251,6 +251,20 @@ def test_another_checkpoint_under_the_address(place: Place, tmp_path: Path, worl
         world.web.files = files
 
 
+@pytest.mark.parametrize("validators", [True, False])
+def test_headers_are_read_again_only_if_validators_do_not_show_the_same_content(
+    place: Place, world: World, monkeypatch: pytest.MonkeyPatch, validators: bool
+) -> None:
+    place.run("index", "web")
+    expected = values(load(place, "near"))[0]
+    monkeypatch.setattr(world.web, "etags", validators)
+    world.web.requests.clear()
+
+    assert values(load(place, "web", stream=True))[:2] == [expected, True]
+
+    assert bool(world.web.gets(f"/m/{INDEX}")) == (not validators)
+
+
 def test_an_adapter_is_merged_into_a_stream(place: Place, tmp_path: Path, world: World) -> None:
     write_adapter(tmp_path / "adapter", factors("model.layers.0.mlp.up_proj", 64, 32))
     for name, base in (("near_tuned", "near"), ("web_tuned", "web")):

@@ -35,7 +35,7 @@ from lading.errors import FetchError, InternalError, LadingError, NotSupportedEr
 from lading.formats.digests import Digests, differences
 from lading.formats.manifest import Manifest
 from lading.sources.hub.cache import hub_cache
-from lading.sources.source import Snapshot
+from lading.sources.source import RemoteFile, Snapshot, Source
 from lading.system.display import human_bytes, some
 from lading.system.settings import Settings
 from lading.transfer.stream import FileDigest, Stream, StreamedFile
@@ -109,19 +109,43 @@ def _published_files(checkpoint: Checkpoint, ref: CheckpointRef, settings: Setti
     source = source_of(ref, revision=checkpoint.revision, settings=settings)
     files = recorded_files(checkpoint.manifest.shards, inner=source.inner)
     if not checkpoint.revision:  # nothing else pins the content
-        published = index_source(ref, settings=settings, name=checkpoint.name)
-        now = {file.name: file for file in published.snapshot.files}
-        if not published.manifest.tensors_equal(checkpoint.manifest) or any(
-            (found := now.get(file.name)) is None
-            or found.size != file.size
-            or (None not in (found.sha256, file.sha256) and found.sha256 != file.sha256)
-            or (None not in (found.etag, file.etag) and found.etag != file.etag)
-            for file in files
-        ):
-            raise replaced_error(checkpoint.where)
+        now = _files_now(source, [file.name for file in files])
+        if not all(_shown_same(file, now.get(file.name)) for file in files):
+            # Only the headers can say it.
+            published = index_source(ref, settings=settings, name=checkpoint.name)
+            now = {file.name: file for file in published.snapshot.files}
+            if not published.manifest.tensors_equal(checkpoint.manifest) or any(
+                _shown_different(file, now.get(file.name)) for file in files
+            ):
+                raise replaced_error(checkpoint.where)
         files = tuple(replace(now[file.name], sha256=file.sha256 or now[file.name].sha256) for file in files)
 
     return Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
+
+
+def _files_now(source: Source, names: Sequence[str]) -> Mapping[str, RemoteFile]:
+    """Return those of the files that the source has now, by name."""
+    listed = source.snapshot() if source.lists else Snapshot(uri=source.uri, revision="", files=())
+
+    return {file.name: file for file in source.with_siblings(listed, names).files}
+
+
+def _shown_same(recorded: RemoteFile, now: RemoteFile | None) -> bool:
+    """Return whether digest or validator show that the content is the recorded one."""
+    if now is None or _shown_different(recorded, now):
+        return False
+
+    return now.sha256 == recorded.sha256 is not None or now.etag == recorded.etag is not None
+
+
+def _shown_different(recorded: RemoteFile, now: RemoteFile | None) -> bool:
+    """Return whether size, digest or validator show that the content is not the recorded one."""
+    return (
+        now is None
+        or now.size != recorded.size
+        or (None not in (now.sha256, recorded.sha256) and now.sha256 != recorded.sha256)
+        or (None not in (now.etag, recorded.etag) and now.etag != recorded.etag)
+    )
 
 
 def open_stream(
