@@ -1,8 +1,9 @@
-"""What ranks compute together of speech is what one process computes alone, over real processes."""
+"""What ranks compute together of speech, and in translations, is what one process computes alone: real processes."""
 
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from lading.families.nllb import NllbConfig, get_nllb_model_hub
+from lading.families.nn.encoder_decoder import EncoderDecoder
+from lading.families.s2t_transformer import S2TTransformerConfig
 from lading.families.wav2vec2 import Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
@@ -33,7 +37,19 @@ ENCODER = Wav2Vec2EncoderConfig(
     layer_drop_p=0.5,
     init_std=0.3,
 )
+# The vocabulary and the frames of filter banks do not divide over two ranks.
+STACKS: dict[str, Any] = {
+    "model_dim": 24,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_encoder_attn_heads": 4,
+    "num_decoder_attn_heads": 6,
+    "ffn_inner_dim": 20,
+    "dropout_p": 0.0,
+}
 CONFIGS = {
+    "nllb": NllbConfig(**STACKS, vocab_size=31, max_seq_len=20),
+    "s2t_transformer": S2TTransformerConfig(**STACKS, target_vocab_size=31, num_fbank_channels=3),
     "wav2vec2": Wav2Vec2Config(
         encoder_config=ENCODER, quantized_dim=6, num_codebook_entries=5, temporal_mask_span_len=3, num_distractors=4
     ),
@@ -45,11 +61,19 @@ CONFIGS = {
 
 def outcome(model: Module, seed: int) -> dict[str, Tensor]:
     """Logits, and all gradients by the names of parameters."""
-    sound = torch.randn(2, 403, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    sound = torch.randn(2, 403, generator=generator)
     mask = (torch.arange(403)[None] < torch.tensor([[403], [300]])).long()
 
     torch.manual_seed(seed)
-    logits = model(sound, mask).logits
+    if isinstance(model, EncoderDecoder):
+        ids = torch.randint(4, 31, (2, 13), generator=generator)
+        if model.spec.num_fbank_channels is None:
+            logits = model(ids, mask[:, -13:], ids[:, :9])
+        else:
+            logits = model(sound[:, :399].view(2, 133, 3), mask[:, ::3][:, :133], ids)
+    else:
+        logits = model(sound, mask).logits
     logits[logits.isfinite()].square().mean().backward()
 
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -91,6 +115,10 @@ def compare(family_name: str, axes: dict[str, int]) -> list[str]:
     [
         ("wav2vec2", {"tp": 2}),
         ("wav2vec2_asr", {"sdp": 2}),
+        ("nllb", {"tp": 2}),
+        ("nllb", {"sdp": 2}),
+        ("s2t_transformer", {"tp": 2}),
+        pytest.param("s2t_transformer", {"sdp": 2}, marks=pytest.mark.slow),
         pytest.param("wav2vec2", {"sdp": 2}, marks=pytest.mark.slow),
         pytest.param("wav2vec2_asr", {"tp": 2}, marks=pytest.mark.slow),
     ],
@@ -100,6 +128,48 @@ def test_two_ranks(pool2: Pool, family: str, axes: dict[str, int]) -> None:
     assert pool2.values(compare, family, axes) == [[]] * 2
 
 
-@pytest.mark.parametrize("family", [pytest.param("wav2vec2", marks=pytest.mark.slow), "wav2vec2_asr"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("wav2vec2", marks=pytest.mark.slow),
+        "wav2vec2_asr",
+        pytest.param("nllb", marks=pytest.mark.slow),
+        pytest.param("s2t_transformer", marks=pytest.mark.slow),
+    ],
+)
 def test_four_ranks(pool4: Pool, family: str) -> None:
     assert pool4.values(compare, family, {"tp": 2, "sdp": 2}) == [[]] * 4
+
+
+def load_from_fairseq(path: Path, axes: dict[str, int]) -> list[str]:
+    hub = get_nllb_model_hub()
+    config: Any = CONFIGS["nllb"]
+    alone = hub.load_custom_model(path, config, progress=False).eval()
+
+    with create_gangs("cpu", **axes) as gangs:
+        model = hub.load_custom_model(path, config, gangs=gangs, progress=False).eval()
+        expected = dict(alone.named_parameters())
+        found = [
+            name for name, held in model.named_parameters() if not torch.equal(whole(held.detach()), expected[name])
+        ]
+        ids = torch.arange(4, 24).view(2, 10)
+        if not torch.equal(*(each.generate(ids, None, ids[:, :2], max_new_tokens=5) for each in (model, alone))):
+            found.append("what is generated")
+
+    return found
+
+
+def test_a_table_whose_rows_are_in_another_order(pool2: Pool, tmp_path: Path, home: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model(
+        get_family("nllb"), CONFIGS["nllb"], gangs=create_fake_gangs("cpu"), dtype=torch.float32, meta=False
+    )
+    state = model.state_dict()
+    table = state.pop("model.shared.weight")
+    state["decoder.output_projection.weight"] = state.pop("lm_head.weight")
+    torch.save({name.removeprefix("model."): tensor for name, tensor in state.items()}, tmp_path / "model.pt")
+    loaded = get_nllb_model_hub().load_custom_model(tmp_path / "model.pt", CONFIGS["nllb"], progress=False)  # type: ignore[arg-type]
+    assert torch.equal(loaded.model.shared.weight[:5], table[[1, 3, 0, 2, 4]])
+
+    for axes in ({"tp": 2}, {"sdp": 2}):
+        assert pool2.values(load_from_fairseq, tmp_path / "model.pt", axes) == [[]] * 2

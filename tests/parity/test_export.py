@@ -18,8 +18,10 @@ from lading.families.bert import BertConfig
 from lading.families.gemma3 import Gemma3Config
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
 from lading.families.mistral import MistralConfig
+from lading.families.nllb import NllbConfig
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig
 from lading.families.qwen import QwenConfig
+from lading.families.s2t_transformer import S2TTransformerConfig
 from lading.families.wav2vec2 import Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
@@ -40,6 +42,12 @@ SPEECH = Wav2Vec2EncoderConfig(
     model_dim=24, feature_dim=9, feature_extractor_layer_descs=[(7, 10, 5), (9, 3, 2)], pos_conv_kernel_size=4,
     num_pos_conv_groups=3, num_encoder_layers=2, num_encoder_attn_heads=4, ffn_inner_dim=20,
 )  # fmt: skip
+STACKS: dict[str, Any] = {
+    "model_dim": 24, "num_encoder_layers": 2, "num_decoder_layers": 3, "num_encoder_attn_heads": 4,
+    "num_decoder_attn_heads": 3, "ffn_inner_dim": 20,
+}  # fmt: skip
+NLLB = NllbConfig(**STACKS, vocab_size=50, max_seq_len=64, pad_idx=1)
+S2T = S2TTransformerConfig(**STACKS, target_vocab_size=50, num_fbank_channels=6, first_source_position=2)
 PRE_NORM = replace(
     SPEECH, norm_order="PRE", layer_norm_features=False, feature_extractor_layer_norm_convs=True,
     feature_extractor_bias=True,
@@ -83,6 +91,9 @@ CASES: dict[str, tuple[str, Any]] = {
         "bert",
         BertConfig(model_dim=24, max_seq_len=40, vocab_size=50, num_layers=2, num_attn_heads=4, ffn_inner_dim=20),
     ),
+    "nllb": ("nllb", NLLB),
+    "s2t": ("s2t_transformer", S2T),
+    "s2t-tied": ("s2t_transformer", replace(S2T, tied_embeddings=True)),
     "wav2vec2": (
         "wav2vec2", Wav2Vec2Config(encoder_config=SPEECH, final_dim=20, quantized_dim=6, num_codebook_entries=5),
     ),
@@ -131,6 +142,13 @@ def outputs(model: Module, family: str) -> Tensor:
             value = speech(sound)
         elif family == "wav2vec2_asr":
             value = model(torch.randn(1, 400, generator=generator))
+        elif family in ("nllb", "s2t_transformer"):
+            ids = torch.randint(5, 45, (2, 21), generator=generator)
+            sources = {"nllb": ids, "s2t_transformer": torch.randn(2, 21, 6, generator=generator)}
+            if hasattr(model, "spec"):
+                value = model(sources[family], None, ids)
+            else:
+                value = model(sources[family], decoder_input_ids=ids)
         else:
             value = model(torch.randint(5, 45, (2, 21), generator=generator))
     for name in ("logits", "last_hidden_state", "hidden"):
@@ -173,6 +191,8 @@ def test_a_configuration_there_and_back(tmp_path: Path, name: str, config: Any) 
             ),
             "window_rope_theta",
         ),
+        ("nllb", replace(NLLB, pad_idx=0), "pad_idx"),
+        ("s2t_transformer", replace(S2T, first_source_position=0), "first_source_position"),
         ("wav2vec2", Wav2Vec2Config(encoder_config=SPEECH, final_proj_bias=False), "final_proj_bias"),
         (
             "wav2vec2_asr",

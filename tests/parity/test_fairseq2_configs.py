@@ -12,8 +12,10 @@ import pytest
 
 from lading.families.llama import LLaMAConfig, get_llama_model_hub
 from lading.families.mistral import MistralConfig, get_mistral_model_hub
+from lading.families.nllb import NllbConfig, get_nllb_model_hub
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig, get_olmo_model_hub
 from lading.families.qwen import QwenConfig, get_qwen_model_hub
+from lading.families.s2t_transformer import S2TTransformerConfig, get_s2t_transformer_model_hub
 from lading.families.wav2vec2 import Wav2Vec2Config, get_wav2vec2_model_hub
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig, get_wav2vec2_asr_model_hub
 from lading.models.hub import ModelHub
@@ -25,8 +27,10 @@ DUMPED: dict[str, dict[str, dict[str, Any]]] = json.loads(
 CONFIGS: dict[str, type] = {
     "llama": LLaMAConfig,
     "mistral": MistralConfig,
+    "nllb": NllbConfig,
     "olmo": OLMOConfig,
     "qwen": QwenConfig,
+    "s2t_transformer": S2TTransformerConfig,
     "wav2vec2": Wav2Vec2Config,
     "wav2vec2_asr": Wav2Vec2AsrConfig,
 }
@@ -35,8 +39,10 @@ OPTIONAL: dict[str, type] = {"yarn_scale_config": YaRNScaleConfig}
 HUBS: dict[str, Callable[[], ModelHub[Any, Any]]] = {
     "llama": get_llama_model_hub,
     "mistral": get_mistral_model_hub,
+    "nllb": get_nllb_model_hub,
     "olmo": get_olmo_model_hub,
     "qwen": get_qwen_model_hub,
+    "s2t_transformer": get_s2t_transformer_model_hub,
     "wav2vec2": get_wav2vec2_model_hub,
     "wav2vec2_asr": get_wav2vec2_asr_model_hub,
 }
@@ -65,8 +71,10 @@ def laid_over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
     [
         ("llama", "7b"),
         ("mistral", "7b"),
+        ("nllb", "dense_1b"),
         ("olmo", "olmo2_1b"),
         ("qwen", "qwen25_7b"),
+        ("s2t_transformer", "medium"),
         ("wav2vec2", "base"),
         ("wav2vec2_asr", "base_10h"),
     ],

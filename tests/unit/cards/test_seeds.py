@@ -27,7 +27,20 @@ SEEDS: dict[str, CardFile] = {
     for file in sorted(files("lading.seeds").iterdir(), key=lambda file: file.name)
     if file.name.endswith(".yaml")
 }
-FAMILIES = ("bert", "gemma3", "llama", "mistral", "mixtral", "olmo", "qwen", "qwen3_moe", "wav2vec2", "wav2vec2_asr")
+FAMILIES = (
+    "bert",
+    "gemma3",
+    "llama",
+    "mistral",
+    "mixtral",
+    "nllb",
+    "olmo",
+    "qwen",
+    "qwen3_moe",
+    "s2t_transformer",
+    "wav2vec2",
+    "wav2vec2_asr",
+)
 
 CARDS: dict[str, CardEntry] = {card.name: card for seed in SEEDS.values() for card in seed.cards}
 ARCHITECTURES: dict[tuple[str, str], ArchitectureEntry] = {
@@ -85,6 +98,10 @@ PARAMETERS = {
     ("mistral", "nemo"): 12_247_782_400,
     ("mixtral", "mixtral_8x7b"): 46_702_792_704,
     ("mixtral", "mixtral_8x22b"): 140_620_634_112,
+    ("nllb", "dense_300m"): 438_716_416,
+    ("nllb", "dense_600m"): 615_073_792,
+    ("nllb", "dense_1b"): 1_370_638_336,
+    ("nllb", "dense_3b"): 3_344_863_232,
     ("olmo", "olmo2_1b"): 1_484_916_736,
     ("olmo", "olmo2_7b"): 7_298_617_344,
     ("olmo", "olmo2_13b"): 13_716_198_400,
@@ -106,6 +123,10 @@ PARAMETERS = {
     ("qwen", "qwen3_32b"): 32_762_123_264,
     ("qwen3_moe", "qwen3_30b_a3b"): 30_532_122_624,
     ("qwen3_moe", "qwen3_235b_a22b"): 235_093_634_560,
+    ("s2t_transformer", "tiny"): 14_741_760,
+    ("s2t_transformer", "small"): 32_096_256,
+    ("s2t_transformer", "medium"): 76_327_936,
+    ("s2t_transformer", "large"): 278_074_368,
     ("wav2vec2", "base"): 95_044_608,
     ("wav2vec2", "large"): 317_380_864,
     ("wav2vec2", "large_lv60k"): 317_390_592,
@@ -243,6 +264,8 @@ def test_no_two_cards_share_a_checkpoint(family: str, key: str) -> None:
         ("gemma3_1b", "gemma"),
         ("all-minilm-l6-v2", "apache-2.0"),
         ("wav2vec2_asr_base_10h", "mit"),
+        ("nllb-200_dense_3b", "cc-by-nc-4.0"),
+        ("s2t_transformer_mustc_st_jt_m", "mit"),
     ],
 )
 def test_licenses(name: str, license: str) -> None:  # noqa: A002

@@ -15,9 +15,11 @@ from lading.families.gemma3 import Gemma3Config
 from lading.families.llama import LLaMAConfig
 from lading.families.mistral import MistralConfig
 from lading.families.mixtral import MixtralConfig
+from lading.families.nllb import NllbConfig
 from lading.families.olmo import OLMOConfig
 from lading.families.qwen import QwenConfig
 from lading.families.qwen3_moe import Qwen3MoEConfig
+from lading.families.s2t_transformer import S2TTransformerConfig
 from lading.families.wav2vec2 import Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
@@ -27,7 +29,20 @@ from lading.models.resolve import arch_config, model_config
 from lading.models.shapes import count_parameters, targets_of_config
 from lading.models.targets import targets_of
 
-FAMILIES = ["bert", "gemma3", "llama", "mistral", "mixtral", "olmo", "qwen", "qwen3_moe", "wav2vec2", "wav2vec2_asr"]
+FAMILIES = [
+    "bert",
+    "gemma3",
+    "llama",
+    "mistral",
+    "mixtral",
+    "nllb",
+    "olmo",
+    "qwen",
+    "qwen3_moe",
+    "s2t_transformer",
+    "wav2vec2",
+    "wav2vec2_asr",
+]
 
 
 def same(family: str, config: Any) -> None:
@@ -50,6 +65,14 @@ def test_those_of_all_architectures_and_cards(name: str, home: Path) -> None:
 
 
 SMALL = {"model_dim": 48, "vocab_size": 99, "num_layers": 3, "num_attn_heads": 4, "ffn_inner_dim": 56}
+STACKS: dict[str, Any] = {
+    "model_dim": 48,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 3,
+    "num_encoder_attn_heads": 4,
+    "num_decoder_attn_heads": 6,
+    "ffn_inner_dim": 56,
+}
 ENCODER = Wav2Vec2EncoderConfig(
     model_dim=48, num_encoder_layers=2, num_encoder_attn_heads=4, ffn_inner_dim=56, num_pos_conv_groups=4
 )
@@ -112,6 +135,9 @@ def test_those_of_decoders(family: str, config: Any, tied: bool) -> None:
             ),
         ),
         ("wav2vec2_asr", Wav2Vec2AsrConfig(encoder_config=replace(ENCODER, layer_norm_features=False))),
+        ("nllb", NllbConfig(**STACKS, vocab_size=99)),
+        ("s2t_transformer", S2TTransformerConfig(**STACKS, target_vocab_size=99, num_fbank_channels=7)),
+        ("s2t_transformer", S2TTransformerConfig(**STACKS, target_vocab_size=99, tied_embeddings=True)),
     ],
 )
 def test_those_of_encoders(family: str, config: Any) -> None:
@@ -131,6 +157,12 @@ def test_those_of_encoders(family: str, config: Any) -> None:
         ("wav2vec2", Wav2Vec2Config(max_temporal_mask_prob=0.0)),
         ("wav2vec2_asr", Wav2Vec2AsrConfig(target_vocab_size=0)),
         ("wav2vec2_asr", Wav2Vec2AsrConfig(max_spatial_mask_prob=2.0)),
+        ("nllb", NllbConfig(num_decoder_attn_heads=3)),
+        ("nllb", NllbConfig(pad_idx=-1)),
+        ("nllb", NllbConfig(model_dim=2, num_encoder_attn_heads=1, num_decoder_attn_heads=1)),
+        ("nllb", NllbConfig(num_decoder_layers=0)),
+        ("s2t_transformer", S2TTransformerConfig(num_fbank_channels=0)),
+        ("s2t_transformer", S2TTransformerConfig(first_source_position=-1)),
     ],
 )
 def test_a_configuration_of_no_model_is_refused_with_the_same_words(family: str, config: Any) -> None:

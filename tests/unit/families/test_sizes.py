@@ -16,8 +16,34 @@ from lading.models.family import get_family
 from tests.helpers.configs import structured
 from tests.helpers.parity_tools import family_of
 
-FAMILIES = ["llama", "qwen", "qwen3_moe", "mistral", "mixtral", "olmo", "gemma3", "bert", "wav2vec2", "wav2vec2_asr"]
-MODEL_TYPES = ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "olmo2", "olmo3", "gemma3_text", "bert"]
+FAMILIES = [
+    "bert",
+    "gemma3",
+    "llama",
+    "mistral",
+    "mixtral",
+    "nllb",
+    "olmo",
+    "qwen",
+    "qwen3_moe",
+    "s2t_transformer",
+    "wav2vec2",
+    "wav2vec2_asr",
+]
+MODEL_TYPES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "gemma3_text",
+    "bert",
+    "m2m_100",
+    "speech_to_text",
+]
 HUGE = [MAX_SIZE, 2**62, 10**400, 1e308]
 SCALINGS = {
     "llama": {

@@ -57,6 +57,20 @@ def causal_mask(
     return AttentionMask(visible=visible[:, None])
 
 
+def bidirectional_mask(padding: Tensor | None) -> AttentionMask:
+    """Return the mask of queries that attend to all tokens.
+
+    :param padding: bool, (N, K); false for padding.
+    """
+    if padding is None:
+        return AttentionMask()
+
+    # A row without any token attends to its padding, because softmax over an empty row gives NaN.
+    visible = padding | ~padding.any(1, keepdim=True)
+
+    return AttentionMask(visible=visible[:, None, None])
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
@@ -89,6 +103,36 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
     The number of heads follows from ``x``: under tensor parallelism a rank projects to its own heads only.
     """
     return torch.unflatten(x, -1, (-1, head_dim)).transpose(1, 2)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention (https://arxiv.org/abs/1706.03762) of a sequence to itself, or to other keys and values."""
+
+    def __init__(self, model_dim: int, num_heads: int, *, dropout_p: float) -> None:
+        super().__init__()
+
+        self.head_dim = model_dim // num_heads
+        self.dropout_p = dropout_p
+
+        self.k_proj = Linear(model_dim, model_dim)
+        self.v_proj = Linear(model_dim, model_dim)
+        self.q_proj = Linear(model_dim, model_dim)
+        self.out_proj = Linear(model_dim, model_dim)
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project (N, K, model_dim) → two (N, H, K, head_dim)."""
+        return split_heads(self.k_proj(x), self.head_dim), split_heads(self.v_proj(x), self.head_dim)
+
+    def forward(self, x: Tensor, mask: AttentionMask, keys_and_values: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Map (N, S, model_dim) → the same shape.
+
+        :param keys_and_values: as the method of this name returns them; by default those of ``x``.
+        """
+        k, v = self.keys_and_values(x) if keys_and_values is None else keys_and_values
+        q = split_heads(self.q_proj(x), self.head_dim)
+        y: Tensor = self.out_proj(attend(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0))
+
+        return y
 
 
 class CausalSelfAttention(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn.functional import dropout, gelu, normalize
 
 from lading.errors import NotSupportedError
 from lading.families.bert_config import BertConfig, checked
-from lading.families.nn.attention import AttentionMask, attend, split_heads
+from lading.families.nn.attention import AttentionMask, attend, bidirectional_mask, split_heads
 from lading.families.nn.uninitialized import Embedding, LayerNorm, Linear
 
 
@@ -200,8 +200,8 @@ class Bert(nn.Module):
             position_ids = torch.arange(input_ids.size(1), device=input_ids.device)[None]
 
         x = self.embeddings(input_ids, token_type_ids, position_ids)
-        visible = None if attention_mask is None else attention_mask.to(x.device, torch.bool)[:, None, None]
-        y: Tensor = self.encoder(x, AttentionMask(visible=visible))
+        padding = None if attention_mask is None else attention_mask.to(x.device, torch.bool)
+        y: Tensor = self.encoder(x, bidirectional_mask(padding))
 
         return y
 

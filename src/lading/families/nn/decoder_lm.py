@@ -5,8 +5,8 @@ The names of its parameters are those of Hugging Face checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from lading.families.nn.cache import KeyValueCache
 from lading.families.nn.decoder import Decoder
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.experts import Experts
+from lading.families.nn.language_model import LanguageModel, generate_greedily
 from lading.families.nn.norm import RMSNorm
-from lading.families.nn.uninitialized import Linear
+from lading.families.nn.uninitialized import Embedding
 
 
-class DecoderLM(nn.Module):
+class DecoderLM(LanguageModel):
     """A decoder with an output projection; its parameters are uninitialized.
 
     A pipeline stage is a model without some of its modules: the embedding on all stages but the first, the final
@@ -33,22 +34,11 @@ class DecoderLM(nn.Module):
         self.spec = spec
 
         self.model = Decoder(spec)
-        # A tied head is created on the meta device, because its own table is replaced.
-        device = "meta" if spec.tied_embeddings else None
-        self.lm_head: Linear | None = Linear(spec.model_dim, spec.vocab_size, bias=False, device=device)
-        self._tie()
+        self._add_head(spec.model_dim, spec.vocab_size, tied=spec.tied_embeddings)
 
-    def _tie(self) -> None:
-        table = self.model.embed_tokens
-        if self.spec.tied_embeddings and table is not None and self.lm_head is not None:
-            self.lm_head.weight = table.weight
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
-        # `to_empty` and other moves from the meta device create a new parameter under each name of a tied one.
-        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        self._tie()
-
-        return self
+    def embedding(self) -> Embedding | None:
+        """Return the module of the embedding table, which is on the first pipeline stage."""
+        return self.model.embed_tokens
 
     def forward(
         self,
@@ -124,53 +114,37 @@ class DecoderLM(nn.Module):
                 "A pipeline stage cannot generate by itself. Load the model without `pp`, or pass hidden states and "
                 "tokens between the stages."
             )
-        n, prompt_len = input_ids.shape
-        if prompt_len == 0:
-            raise ValueError("`input_ids` must hold at least one token a sequence, but is empty")
-        if max_new_tokens < 0:
-            raise ValueError(f"`max_new_tokens` must not be negative, but is {max_new_tokens}")
-        if prompt_len + max_new_tokens > self.spec.max_seq_len:
-            raise ValueError(
-                f"the prompt has {prompt_len} tokens and `max_new_tokens` is {max_new_tokens}, which together exceed "
-                f"the model's `max_seq_len` of {self.spec.max_seq_len}"
-            )
 
         mask: Tensor | None = None
         position_ids: Tensor | None = None
         if attention_mask is not None:
             mask = attention_mask.to(input_ids.device, torch.bool)
-            if mask.shape != input_ids.shape or not bool(mask[:, -1].all()):
+            if mask.shape != input_ids.shape or not bool(mask[:, -1:].all()):
                 raise ValueError(
-                    f"`attention_mask` must be of shape {(n, prompt_len)} and have its padding on the left, but is of "
-                    f"shape {tuple(mask.shape)} and its last column is {mask[:, -1].long().tolist()}"
+                    f"`attention_mask` must be of shape {tuple(input_ids.shape)} and have its padding on the left, but "
+                    f"is of shape {tuple(mask.shape)} and its last column is {mask[:, -1:].long().flatten().tolist()}"
                 )
             position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
 
-        ends = None if eos_id is None else torch.as_tensor(eos_id, device=input_ids.device).reshape(-1)
-        if ends is not None and len(ends) == 0:
-            ends = None  # an empty list ends no sequence and has no token to fill with
-        finished = torch.zeros(n, dtype=torch.bool, device=input_ids.device)
-
         cache = KeyValueCache()
-        ids = [input_ids]
 
-        for _ in range(max_new_tokens):
-            logits = self(ids[-1], attention_mask=mask, position_ids=position_ids, cache=cache, last_only=True)
-            token = logits[:, -1].argmax(-1)
-
-            if ends is not None:
-                filler = ends[0] if self.spec.pad_idx is None else ends.new_tensor(self.spec.pad_idx)
-                token = torch.where(finished, filler, token)
-                finished |= torch.isin(token, ends)
-            ids.append(token[:, None])
-            if ends is not None and bool(finished.all()):
-                break
-
+        def step(ids: Tensor) -> Tensor:
+            nonlocal mask, position_ids
+            logits: Tensor = self(ids, attention_mask=mask, position_ids=position_ids, cache=cache, last_only=True)
             if mask is not None and position_ids is not None:
-                mask = torch.cat((mask, mask.new_ones(n, 1)), dim=1)
+                mask = torch.cat((mask, mask.new_ones(mask.size(0), 1)), dim=1)
                 position_ids = position_ids[:, -1:] + 1
 
-        return torch.cat(ids, dim=1)
+            return logits[:, -1]
+
+        return generate_greedily(
+            step,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            max_seq_len=self.spec.max_seq_len,
+            eos_id=eos_id,
+            pad_idx=self.spec.pad_idx,
+        )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, dropout, gelu
 
-from lading.families.nn.attention import AttentionMask, attend, split_heads
+from lading.families.nn.attention import AttentionMask, MultiHeadAttention, bidirectional_mask
 from lading.families.nn.speech_spec import SpeechSpec
 from lading.families.nn.uninitialized import LayerNorm, Linear
 
@@ -72,28 +72,6 @@ class PositionalConvolution(nn.Module):
         return gelu(self.conv(x.transpose(1, 2))).transpose(1, 2)
 
 
-class SpeechAttention(nn.Module):
-    """Bidirectional multi-head self-attention."""
-
-    def __init__(self, spec: SpeechSpec) -> None:
-        super().__init__()
-
-        self.head_dim = spec.model_dim // spec.num_attn_heads
-        self.dropout_p = spec.attn_dropout_p
-
-        self.k_proj = Linear(spec.model_dim, spec.model_dim)
-        self.v_proj = Linear(spec.model_dim, spec.model_dim)
-        self.q_proj = Linear(spec.model_dim, spec.model_dim)
-        self.out_proj = Linear(spec.model_dim, spec.model_dim)
-
-    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """Map (N, T, model_dim) → the same shape."""
-        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        y: Tensor = self.out_proj(attend(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0))
-
-        return y
-
-
 class SpeechFeedForward(nn.Module):
     """Two projections with the exact GELU between them."""
 
@@ -121,7 +99,7 @@ class SpeechEncoderLayer(nn.Module):
         self.norm_first = spec.norm_first
         self.dropout_p = spec.dropout_p
 
-        self.attention = SpeechAttention(spec)
+        self.attention = MultiHeadAttention(spec.model_dim, spec.num_attn_heads, dropout_p=spec.attn_dropout_p)
         self.layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps)
         self.feed_forward = SpeechFeedForward(spec)
         self.final_layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps)
@@ -166,13 +144,10 @@ class SpeechEncoder(nn.Module):
 
         :param frame_mask: bool, (N, T); true is a frame, false padding.
         """
-        mask = AttentionMask()
+        mask = bidirectional_mask(frame_mask)
         if frame_mask is not None:
             # The convolution lets adjacent frames see padding.
             x = x.masked_fill(~frame_mask[:, :, None], 0.0)
-            # A row without any frame attends to its padding, because softmax over an empty row gives NaN.
-            visible = frame_mask | ~frame_mask.any(1, keepdim=True)
-            mask = AttentionMask(visible=visible[:, None, None])
 
         x = x + self.pos_conv_embed(x)
         first_norm = self.input_layer_norm if self.norm_first else self.layer_norm
