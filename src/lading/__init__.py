@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from lading.models.parallel_plan import Stages as Stages
     from lading.models.report import LoadReport as LoadReport
     from lading.models.resolve import get_model_family_name as get_model_family_name
+    from lading.models.targets import Buffer as Buffer
     from lading.models.tokenizers.load import load_tokenizer as load_tokenizer
     from lading.models.tokenizers.tokenizer import TokenDecoder as TokenDecoder
     from lading.models.tokenizers.tokenizer import TokenEncoder as TokenEncoder
@@ -196,6 +197,7 @@ _HOME = {
     "write_digests": "operations.digests",
     "LoadReport": "models.report",
     "Manifest": "formats.manifest",
+    "Buffer": "models.targets",
     "ParallelPlan": "models.parallel_plan",
     "Split": "models.parallel_plan",
     "Stages": "models.parallel_plan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import Module
 from lading.families.nllb import NllbConfig, get_nllb_model_hub
 from lading.families.nn.encoder_decoder import EncoderDecoder
 from lading.families.s2t_transformer import S2TTransformerConfig
+from lading.families.w2vbert import W2VBertConfig
 from lading.families.wav2vec2 import Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
@@ -47,9 +49,27 @@ STACKS: dict[str, Any] = {
     "ffn_inner_dim": 20,
     "dropout_p": 0.0,
 }
+CONFORMER = replace(
+    ENCODER,
+    layer_norm_features=False,
+    pos_encoder_type="relative",
+    use_conformer=True,
+    depthwise_conv_kernel_size=3,
+    layer_drop_p=0.0,
+)
 CONFIGS = {
     "nllb": NllbConfig(**STACKS, vocab_size=31, max_seq_len=20),
     "s2t_transformer": S2TTransformerConfig(**STACKS, target_vocab_size=31, num_fbank_channels=3),
+    "w2vbert": W2VBertConfig(
+        w2v2_config=Wav2Vec2Config(
+            encoder_config=CONFORMER,
+            quantized_dim=6,
+            num_codebook_entries=5,
+            temporal_mask_span_len=3,
+            num_distractors=4,
+        ),
+        num_bert_encoder_layers=1,
+    ),
     "wav2vec2": Wav2Vec2Config(
         encoder_config=ENCODER, quantized_dim=6, num_codebook_entries=5, temporal_mask_span_len=3, num_distractors=4
     ),
@@ -119,6 +139,8 @@ def compare(family_name: str, axes: dict[str, int]) -> list[str]:
         ("nllb", {"sdp": 2}),
         ("s2t_transformer", {"tp": 2}),
         pytest.param("s2t_transformer", {"sdp": 2}, marks=pytest.mark.slow),
+        pytest.param("w2vbert", {"tp": 2}, marks=pytest.mark.slow),
+        pytest.param("w2vbert", {"sdp": 2}, marks=pytest.mark.slow),
         pytest.param("wav2vec2", {"sdp": 2}, marks=pytest.mark.slow),
         pytest.param("wav2vec2_asr", {"tp": 2}, marks=pytest.mark.slow),
     ],
@@ -133,6 +155,7 @@ def test_two_ranks(pool2: Pool, family: str, axes: dict[str, int]) -> None:
     [
         pytest.param("wav2vec2", marks=pytest.mark.slow),
         "wav2vec2_asr",
+        "w2vbert",
         pytest.param("nllb", marks=pytest.mark.slow),
         pytest.param("s2t_transformer", marks=pytest.mark.slow),
     ],

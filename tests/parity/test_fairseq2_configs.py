@@ -1,4 +1,5 @@
-"""Architectures of the catalog against fairseq2's, which ``dump_fairseq2_configs.py`` wrote beside this file."""
+"""Architectures of the catalog against fairseq2's, which ``dump_fairseq2_configs.py`` wrote beside this file, and those
+of Omnilingual ASR, which ``dump_omnilingual_configs.py`` wrote."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from lading.families.nllb import NllbConfig, get_nllb_model_hub
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig, get_olmo_model_hub
 from lading.families.qwen import QwenConfig, get_qwen_model_hub
 from lading.families.s2t_transformer import S2TTransformerConfig, get_s2t_transformer_model_hub
+from lading.families.w2vbert import W2VBertConfig, get_w2vbert_model_hub
 from lading.families.wav2vec2 import Wav2Vec2Config, get_wav2vec2_model_hub
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig, get_wav2vec2_asr_model_hub
 from lading.models.hub import ModelHub
@@ -24,6 +26,10 @@ DUMPED: dict[str, dict[str, dict[str, Any]]] = json.loads(
     Path(__file__).with_name("fairseq2_configs.json").read_text(encoding="utf-8")
 )["families"]
 
+OMNILINGUAL: dict[str, dict[str, dict[str, Any]]] = json.loads(
+    Path(__file__).with_name("omnilingual_configs.json").read_text(encoding="utf-8")
+)
+
 CONFIGS: dict[str, type] = {
     "llama": LLaMAConfig,
     "mistral": MistralConfig,
@@ -31,6 +37,7 @@ CONFIGS: dict[str, type] = {
     "olmo": OLMOConfig,
     "qwen": QwenConfig,
     "s2t_transformer": S2TTransformerConfig,
+    "w2vbert": W2VBertConfig,
     "wav2vec2": Wav2Vec2Config,
     "wav2vec2_asr": Wav2Vec2AsrConfig,
 }
@@ -43,6 +50,7 @@ HUBS: dict[str, Callable[[], ModelHub[Any, Any]]] = {
     "olmo": get_olmo_model_hub,
     "qwen": get_qwen_model_hub,
     "s2t_transformer": get_s2t_transformer_model_hub,
+    "w2vbert": get_w2vbert_model_hub,
     "wav2vec2": get_wav2vec2_model_hub,
     "wav2vec2_asr": get_wav2vec2_asr_model_hub,
 }
@@ -75,6 +83,7 @@ def laid_over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
         ("olmo", "olmo2_1b"),
         ("qwen", "qwen25_7b"),
         ("s2t_transformer", "medium"),
+        ("w2vbert", "600m"),
         ("wav2vec2", "base"),
         ("wav2vec2_asr", "base_10h"),
     ],
@@ -90,7 +99,8 @@ def test_architectures(family: str, home: Path) -> None:
     """Fields that only this project has keep their defaults, which mean what fairseq2 does."""
     hub = HUBS[family]()
     defaults = plain(CONFIGS[family]())
+    architectures = DUMPED[family] | OMNILINGUAL.get(family, {})
 
-    assert hub.get_archs() >= DUMPED[family].keys()
-    for arch, expected in DUMPED[family].items():
+    assert hub.get_archs() >= architectures.keys()
+    for arch, expected in architectures.items():
         assert plain(hub.get_arch_config(arch)) == laid_over(defaults, expected), arch

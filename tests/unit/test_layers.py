@@ -116,7 +116,7 @@ def test_the_public_names() -> None:
         """
         AssetCard AssetCardField Architecture AssetStore CardStore get_asset_store catalog register_checkpoint_models
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
-        CPU DataType Device get_current_device get_model_family_name register_family
+        CPU DataType Device get_current_device get_model_family_name register_family Buffer
         pull_model PullReport verify_model VerifyReport read_digests write_digests DigestReport
         convert_checkpoint export_model ExportReport
         load_tokenizer Tokenizer TokenEncoder TokenDecoder VocabularyInfo

@@ -37,7 +37,11 @@ else:
     )
 
 
-def _shapes(config: Wav2Vec2Config) -> Shapes:
+def shapes(config: Wav2Vec2Config) -> Shapes:
+    """Return the names and shapes of the parameters of a :class:`Wav2Vec2`.
+
+    :raises ValueError: the sizes, or the masks, are not valid.
+    """
     spec = pretraining_spec(config)
     require_positive(config, "final_dim")
     require_quantizer(config.quantized_dim, config.num_codebooks, config.num_codebook_entries)
@@ -52,7 +56,8 @@ def _shapes(config: Wav2Vec2Config) -> Shapes:
     }
 
 
-def _rules(config: Wav2Vec2Config) -> Sequence[Rule]:
+def rules(config: Wav2Vec2Config) -> Sequence[Rule]:
+    """Return the rules for the names of fairseq's and fairseq2's checkpoints."""
     return (
         # fairseq's `project_q` has the same name here; fairseq and fairseq2 share the name `final_proj`.
         Rule("final_proj.{p*}", "project_hid.{p}"),
@@ -105,8 +110,8 @@ FAMILY: Family[Wav2Vec2, Wav2Vec2Config] = Family(
     config_kls=Wav2Vec2Config,
     build=deferred_call("lading.families.nn.wav2vec2:Wav2Vec2"),
     init=deferred_call("lading.families.nn.wav2vec2:init_wav2vec2"),
-    shapes=_shapes,
-    rules=_rules,
+    shapes=shapes,
+    rules=rules,
     parallel_plan=lambda config: speech_plan(pretraining_spec(config), "wav2vec2"),
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForPreTraining"}),

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from lading.errors import NotSupportedError
+from lading.families import conformer_names
 from lading.families.config_json import ConfigReader, Entries, Field, KeyGroup, keys_of, read_fields, same_for_all
 from lading.families.nn.checks import shared_fields
 from lading.families.nn.speech_spec import SpeechSpec
+from lading.planning.composition import Regroup
 from lading.planning.rules import Rule
 
 
@@ -21,7 +23,7 @@ class Wav2Vec2EncoderConfig:
     """The width of the model."""
 
     max_seq_len: int = 4096
-    """The longest sequence, in frames. Convolutional positions have no limit and ignore it."""
+    """The longest sequence, in frames, for relative and rotary positions. Convolutional ones have no limit."""
 
     feature_dim: int = 512
     """The width of a frame."""
@@ -59,10 +61,11 @@ class Wav2Vec2EncoderConfig:
     """The sampling of filter banks; only 0 and 1, which keep all of them, are supported."""
 
     pos_encoder_type: Literal["conv", "relative", "rotary"] = "conv"
-    """The kind of positions; only ``conv`` is supported."""
+    """The kind of positions: a convolution, embeddings of distances (https://arxiv.org/abs/1901.02860), or rotations
+    (https://arxiv.org/abs/2104.09864)."""
 
     pos_encoder_depth: int = 1
-    """The number of convolutions for positions; only 1 is supported."""
+    """The number of convolutions for positions, which must be 1 if there are any."""
 
     pos_conv_kernel_size: int = 128
     """The kernel size of that convolution, in frames."""
@@ -71,7 +74,7 @@ class Wav2Vec2EncoderConfig:
     """The number of groups of that convolution."""
 
     use_conformer: bool = False
-    """True if the layers are Conformer blocks, which are not supported."""
+    """True for Conformer layers (https://arxiv.org/abs/2005.08100), false for Transformer layers."""
 
     num_encoder_layers: int = 12
     """The number of layers."""
@@ -98,7 +101,7 @@ class Wav2Vec2EncoderConfig:
     """The position of normalizations: before each block, or after its residual is added."""
 
     depthwise_conv_kernel_size: int = 0
-    """The kernel size of the convolutions of Conformer blocks."""
+    """The kernel size of the convolutions of Conformer layers, in frames."""
 
     feature_projection: bool | None = None
     """True if frames are projected to the width of the model; ``None`` means if the widths differ."""
@@ -115,16 +118,15 @@ def encoder_spec(config: Wav2Vec2EncoderConfig, *, masked: bool) -> SpeechSpec:
 
     :param masked: whether the model has an embedding for masked frames.
 
-    :raises NotSupportedError: the configuration has Conformer blocks, positions that are not convolutional, or sampled
-        filter banks.
+    :raises NotSupportedError: the configuration has several convolutions for positions, or sampled filter banks.
     :raises ValueError: the sizes are not valid.
     """
-    for name, supported in (("use_conformer", False), ("pos_encoder_type", "conv"), ("pos_encoder_depth", 1)):
-        if getattr(config, name) != supported:
-            raise NotSupportedError(
-                f"The wav2vec 2.0 families support only a `{name}` of {supported!r}, but the configuration has "
-                f"{getattr(config, name)!r}."
-            )
+    convolves = config.pos_encoder_type == "conv"
+    if convolves and config.pos_encoder_depth != 1:
+        raise NotSupportedError(
+            "The wav2vec 2.0 families support only a `pos_encoder_depth` of 1, but the configuration has "
+            f"{config.pos_encoder_depth!r}."
+        )
     if config.use_fbank and config.sample_fbank_every_k > 1:
         raise NotSupportedError(
             "The wav2vec 2.0 families use all filter banks, but the configuration's `sample_fbank_every_k` is "
@@ -137,8 +139,12 @@ def encoder_spec(config: Wav2Vec2EncoderConfig, *, masked: bool) -> SpeechSpec:
         )
 
     project = config.feature_projection
+    own = {
+        "max_seq_len": None if convolves else config.max_seq_len,
+        "depthwise_conv_kernel_size": config.depthwise_conv_kernel_size if config.use_conformer else None,
+    }
     return SpeechSpec(
-        **shared_fields(SpeechSpec, config),
+        **shared_fields(SpeechSpec, config) | own,
         fbank=(config.num_fbank_channels, config.fbank_stride) if config.use_fbank else None,
         project_features=config.feature_dim != config.model_dim if project is None else project,
         num_layers=config.num_encoder_layers,
@@ -154,6 +160,24 @@ _CONV = "feature_extractor.conv_layers.{n}"
 _POS_CONV = "encoder.pos_conv_embed.conv"
 _LAYER = "encoder.layers.{n}"
 
+_TRANSFORMER_FAIRSEQ2 = {
+    **{f"self_attn.{name}_proj.{{p*}}": f"attention.{name}_proj.{{p}}" for name in "qkv"},
+    "self_attn.output_proj.{p*}": "attention.out_proj.{p}",
+    **{f"self_attn.{source}": f"attention.{target}" for source, target in conformer_names.RELATIVE.items()},
+    "self_attn_layer_norm.{p*}": "layer_norm.{p}",
+    "ffn.inner_proj.{p*}": "feed_forward.intermediate_dense.{p}",
+    "ffn.output_proj.{p*}": "feed_forward.output_dense.{p}",
+    "ffn_layer_norm.{p*}": "final_layer_norm.{p}",
+}
+_TRANSFORMER_FAIRSEQ = {
+    "self_attn.{p*}": "attention.{p}",
+    "self_attn_layer_norm.{p*}": "layer_norm.{p}",
+    "fc1.{p*}": "feed_forward.intermediate_dense.{p}",
+    "fc2.{p*}": "feed_forward.output_dense.{p}",
+    "final_layer_norm.{p*}": "final_layer_norm.{p}",
+}
+"""The names of Transformer layers in checkpoints → those in lading, relative to the layer."""
+
 _FAIRSEQ = {
     "mask_emb": "masked_spec_embed",
     f"{_CONV}.0.{{p*}}": f"{_CONV}.conv.{{p}}",
@@ -165,13 +189,8 @@ _FAIRSEQ = {
     "encoder.pos_conv.0.weight_v": f"{_POS_CONV}.parametrizations.weight.original1",
     "encoder.pos_conv.0.bias": f"{_POS_CONV}.bias",
     "encoder.layer_norm.{p*}": "encoder.layer_norm.{p}",
-    f"{_LAYER}.self_attn.{{p*}}": f"{_LAYER}.attention.{{p}}",
-    f"{_LAYER}.self_attn_layer_norm.{{p*}}": f"{_LAYER}.layer_norm.{{p}}",
-    f"{_LAYER}.fc1.{{p*}}": f"{_LAYER}.feed_forward.intermediate_dense.{{p}}",
-    f"{_LAYER}.fc2.{{p*}}": f"{_LAYER}.feed_forward.output_dense.{{p}}",
-    f"{_LAYER}.final_layer_norm.{{p*}}": f"{_LAYER}.final_layer_norm.{{p}}",
 }
-"""The names in fairseq's checkpoints → those in lading, relative to the encoder."""
+"""The names outside layers in fairseq's checkpoints → those in lading, relative to the encoder."""
 
 _FRONTEND = "encoder_frontend"
 _FAIRSEQ2 = {
@@ -184,12 +203,8 @@ _FAIRSEQ2 = {
     f"{_FRONTEND}.pos_encoder.conv.weight_g": f"{_POS_CONV}.parametrizations.weight.original0",
     f"{_FRONTEND}.pos_encoder.conv.weight_v": f"{_POS_CONV}.parametrizations.weight.original1",
     f"{_FRONTEND}.pos_encoder.conv.bias": f"{_POS_CONV}.bias",
-    f"{_LAYER}.self_attn.output_proj.{{p*}}": f"{_LAYER}.attention.out_proj.{{p}}",
-    f"{_LAYER}.ffn.inner_proj.{{p*}}": f"{_LAYER}.feed_forward.intermediate_dense.{{p}}",
-    f"{_LAYER}.ffn.output_proj.{{p*}}": f"{_LAYER}.feed_forward.output_dense.{{p}}",
-    f"{_LAYER}.ffn_layer_norm.{{p*}}": f"{_LAYER}.final_layer_norm.{{p}}",
 }
-"""The names in fairseq2's checkpoints that differ from fairseq's → those in lading."""
+"""The names outside layers in fairseq2's checkpoints → those in lading."""
 
 
 def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix: str = "") -> list[Rule]:
@@ -200,6 +215,12 @@ def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix
     """
     # In post-norm models, fairseq2 puts the same normalization into the frontend.
     frontend_norm = "input_layer_norm" if config.norm_order == "PRE" else "layer_norm"
+    fairseq = _FAIRSEQ | _in_layers(conformer_names.FAIRSEQ if config.use_conformer else _TRANSFORMER_FAIRSEQ)
+    turned = None
+    if config.pos_encoder_type == "rotary":
+        # fairseq2's rotations turn neighboring channels, and fairseq's come before the projections.
+        turned = Regroup(0, config.model_dim // config.num_encoder_attn_heads // 2, 2)
+        fairseq = _FAIRSEQ
 
     rules = {
         f"wav2vec2.{_POS_CONV}.weight_g": f"{_POS_CONV}.parametrizations.weight.original0",
@@ -207,12 +228,24 @@ def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix
         "wav2vec2.masked_spec_embed": "masked_spec_embed",
         **_FAIRSEQ2,
         f"{_FRONTEND}.layer_norm.{{p*}}": f"encoder.{frontend_norm}.{{p}}",
-        **_FAIRSEQ,
-        **{f"{fairseq_prefix}{source}": target for source, target in _FAIRSEQ.items()},
+        **_in_layers(conformer_names.FAIRSEQ2 if config.use_conformer else _TRANSFORMER_FAIRSEQ2),
+        **fairseq,
+        **{f"{fairseq_prefix}{source}": target for source, target in fairseq.items()},
     }
     unwanted = set() if masked else {"masked_spec_embed"}
 
-    return [Rule(source, None if target in unwanted else f"wav2vec2.{target}") for source, target in rules.items()]
+    return [
+        Rule(
+            source,
+            None if target in unwanted else f"wav2vec2.{target}",
+            order=turned if target.endswith((".q_proj.{p}", ".k_proj.{p}")) else None,
+        )
+        for source, target in rules.items()
+    ]
+
+
+def _in_layers(names: Mapping[str, str]) -> dict[str, str]:
+    return {f"{_LAYER}.{source}": f"{_LAYER}.{target}" for source, target in names.items()}
 
 
 TRAINING_ONLY = ("feature_grad_scale", "masked")

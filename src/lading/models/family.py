@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lading.errors import InternalError, ModelFamilyNotKnownError, TorchNotFoundError, did_you_mean
 from lading.models.parallel_plan import ParallelPlan
+from lading.models.targets import Shape
 from lading.planning.rules import Rule
 from lading.system.entry_points import FAMILIES_GROUP, register, registered, registered_here
 from lading.system.needs import needs_torch
@@ -61,10 +62,10 @@ class Family(Generic[ModelT, ModelConfigT]):
 
     Random numbers come from torch's default generator, which is seeded per name: the order of calls does not matter.
     """
-    shapes: Callable[[ModelConfigT], Mapping[str, tuple[int, ...] | str]] | None = None
-    """A function that returns the names and shapes of the model's parameters, in the order of its state dict; for the
-    further name of a tied one, its first name. Its models have no persistent buffers, and all parameters are floating.
-    With it ``lading check`` needs neither a module nor torch. ``None`` means that the module is built to see them.
+    shapes: Callable[[ModelConfigT], Mapping[str, Shape]] | None = None
+    """A function that returns the names and shapes of the model's parameters and persistent buffers, in the order of
+    its state dict; for the further name of a tied one, its first name. All parameters hold floating-point numbers. With
+    it ``lading check`` needs neither a module nor torch. ``None`` means that the module is built to see them.
 
     :raises ValueError: the values of the configuration are inconsistent.
     """

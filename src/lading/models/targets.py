@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from lading.formats.manifest import FLOATS
 from lading.planning.box import Box
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from lading.models.placements import BoxCache
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A persistent buffer, such as the mean in a batch normalization."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    """The dtype of one that holds no floating-point numbers, by the name of the manifest."""
+
+
+Shape: TypeAlias = tuple[int, ...] | Buffer | str
+"""The shape of a parameter, a persistent buffer, or the first name of a tied parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,19 +66,24 @@ class Targets:
         return replace(self, boxes=boxes)
 
 
-def whole_targets(shapes: Mapping[str, tuple[int, ...] | str]) -> Targets:
+def whole_targets(shapes: Mapping[str, Shape]) -> Targets:
     """Return the targets of a whole model of floating-point parameters, without building it.
 
     :param shapes: as :attr:`lading.models.family.Family.shapes` returns them.
     """
-    first = {name: shape for name, shape in shapes.items() if not isinstance(shape, str)}
+    buffers = {name: shape for name, shape in shapes.items() if isinstance(shape, Buffer)}
+    first = {
+        name: shape.shape if isinstance(shape, Buffer) else shape
+        for name, shape in shapes.items()
+        if not isinstance(shape, str)
+    }
 
     return Targets(
         names=tuple(first),
         shapes=tuple(first.values()),
         boxes=tuple(map(Box.whole, first.values())),
-        dtypes=(None,) * len(first),
-        parameters=frozenset(first),
+        dtypes=tuple(buffers[name].dtype if name in buffers else None for name in first),
+        parameters=frozenset(first.keys() - buffers.keys()),
         aliases={name: shape for name, shape in shapes.items() if isinstance(shape, str)},
     )
 

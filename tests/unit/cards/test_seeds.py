@@ -38,6 +38,7 @@ FAMILIES = (
     "qwen",
     "qwen3_moe",
     "s2t_transformer",
+    "w2vbert",
     "wav2vec2",
     "wav2vec2_asr",
 )
@@ -127,15 +128,29 @@ PARAMETERS = {
     ("s2t_transformer", "small"): 32_096_256,
     ("s2t_transformer", "medium"): 76_327_936,
     ("s2t_transformer", "large"): 278_074_368,
+    ("w2vbert", "300m"): 306_718_528,
+    ("w2vbert", "600m"): 609_433_408,
     ("wav2vec2", "base"): 95_044_608,
     ("wav2vec2", "large"): 317_380_864,
     ("wav2vec2", "large_lv60k"): 317_390_592,
+    ("wav2vec2", "xlsr_base"): 317_390_592,
+    ("wav2vec2", "1b"): 965_514_752,
+    ("wav2vec2", "3b"): 3_064_124_672,
+    ("wav2vec2", "7b"): 6_488_487_168,
     ("wav2vec2_asr", "base_10h"): 94_396_320,
     ("wav2vec2_asr", "base_100h"): 94_396_320,
     ("wav2vec2_asr", "large_10h"): 315_461_792,
     ("wav2vec2_asr", "large_100h"): 315_461_792,
     ("wav2vec2_asr", "large_lv60k_10h"): 315_471_520,
     ("wav2vec2_asr", "large_lv60k_100h"): 315_471_520,
+    ("wav2vec2_asr", "300m"): 325_494_996,
+    ("wav2vec2_asr", "1b"): 975_065_300,
+    ("wav2vec2_asr", "3b"): 3_080_423_636,
+    ("wav2vec2_asr", "7b"): 6_504_786_132,
+    ("wav2vec2_asr", "300m_v2"): 325_982_896,
+    ("wav2vec2_asr", "1b_v2"): 975_675_056,
+    ("wav2vec2_asr", "3b_v2"): 3_081_398_960,
+    ("wav2vec2_asr", "7b_v2"): 6_505_761_456,
 }
 
 CORRECTIONS: dict[tuple[str, str], dict[str, Any]] = {
@@ -266,6 +281,8 @@ def test_no_two_cards_share_a_checkpoint(family: str, key: str) -> None:
         ("wav2vec2_asr_base_10h", "mit"),
         ("nllb-200_dense_3b", "cc-by-nc-4.0"),
         ("s2t_transformer_mustc_st_jt_m", "mit"),
+        ("omniASR_W2V_1B", "apache-2.0"),
+        ("omniASR_CTC_7B_v2", "apache-2.0"),
     ],
 )
 def test_licenses(name: str, license: str) -> None:  # noqa: A002

@@ -40,6 +40,7 @@ FAMILIES = [
     "qwen",
     "qwen3_moe",
     "s2t_transformer",
+    "w2vbert",
     "wav2vec2",
     "wav2vec2_asr",
 ]

@@ -27,6 +27,7 @@ FAMILIES = [
     "qwen",
     "qwen3_moe",
     "s2t_transformer",
+    "w2vbert",
     "wav2vec2",
     "wav2vec2_asr",
 ]
@@ -73,6 +74,8 @@ def numbers(config: Any) -> Iterator[tuple[str, ...]]:
 def test_a_huge_number_in_a_configuration(name: str, huge: Any) -> None:
     family = get_family(name)
     small: Any = {"encoder_config": {"num_encoder_layers": 1}} if "wav2vec2" in name else {"num_layers": 1}
+    if name == "w2vbert":
+        small = {"w2v2_config": {"encoder_config": {"num_encoder_layers": 2}}, "num_bert_encoder_layers": 1}
     for place in numbers(family.config_kls()):
         overrides: Any = huge
         for step in reversed(place):

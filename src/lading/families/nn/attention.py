@@ -21,6 +21,8 @@ class AttentionMask:
 
     visible: Tensor | None = None
     """The mask, bool, (N or 1, 1, S or 1, K)."""
+    bias: Tensor | None = None
+    """Numbers to add to the scores, (N or 1, heads, S, K), with ``-inf`` at invisible keys, instead of ``visible``."""
     is_causal: bool = False
     """True if a query attends to the keys up to its own; only with as many keys as queries."""
 
@@ -87,7 +89,7 @@ def attend(
         q,
         k,
         v,
-        attn_mask=mask.visible,
+        attn_mask=mask.visible if mask.bias is None else mask.bias,
         dropout_p=dropout_p,
         is_causal=mask.is_causal,
         scale=scale,

@@ -18,6 +18,8 @@ class QuantizerOutput:
 
     vectors: Tensor
     """The quantized vectors, (N, S, output_dim)."""
+    entries: Tensor
+    """The index of the entry from each codebook, (N, S, num_codebooks), int64."""
     code_perplexity: Tensor
     """The perplexity of the likeliest entries, summed over the codebooks; scalar, float32."""
     prob_perplexity: Tensor
@@ -84,6 +86,7 @@ class GumbelQuantizer(nn.Module):
 
         return QuantizerOutput(
             vectors=torch.einsum("nsgv,gvd->nsgd", chosen, entries).flatten(2),
+            entries=chosen.argmax(-1),
             code_perplexity=_perplexity(likeliest.float()),
             prob_perplexity=_perplexity(wide.softmax(-1)),
             temperature=temperature,

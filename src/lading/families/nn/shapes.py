@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-Shapes: TypeAlias = dict[str, tuple[int, ...] | str]
-"""The shape of each parameter by its name; for a further name of a tied one, the first."""
+from lading.models.targets import Buffer, Shape
+
+Shapes: TypeAlias = dict[str, Shape]
+"""The shape of each parameter and buffer by its name; for a further name of a tied one, the first."""
 
 
 def projection(name: str, inputs: int, outputs: int, *, bias: bool = True) -> Shapes:
@@ -16,6 +18,15 @@ def projection(name: str, inputs: int, outputs: int, *, bias: bool = True) -> Sh
 def norm(name: str, dim: int) -> Shapes:
     """Return the parameters of a normalization with a bias."""
     return weight_and_bias(name, (dim,))
+
+
+def batch_norm(name: str, dim: int) -> Shapes:
+    """Return the parameters and buffers of a batch normalization."""
+    return norm(name, dim) | {
+        f"{name}.running_mean": Buffer((dim,)),
+        f"{name}.running_var": Buffer((dim,)),
+        f"{name}.num_batches_tracked": Buffer((), "I64"),
+    }
 
 
 def weight_and_bias(name: str, shape: tuple[int, ...], *, bias: bool = True) -> Shapes:

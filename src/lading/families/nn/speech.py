@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lading.families.nn.conformer import init_conformer
 from lading.families.nn.masking import Masking
 from lading.families.nn.speech_encoder import SpeechEncoder, WeightNorm
 from lading.families.nn.speech_frontend import ConvolutionalFeatures, FeatureProjection, FilterBankFeatures
@@ -23,6 +24,8 @@ class SpeechOutput:
 
     hidden: Tensor
     """The hidden states, (N, T, model_dim)."""
+    inner: Tensor | None
+    """The outputs of the layer that was asked for, (N, T, model_dim)."""
     features: Tensor
     """The normalized frames before projection and masking, (N, T, feature_dim)."""
     raw_features: Tensor
@@ -57,14 +60,17 @@ class SpeechModel(nn.Module):
         *,
         masking: Masking | None = None,
         temporal_mask: Tensor | None = None,
+        inner_layer: int | None = None,
     ) -> SpeechOutput:
         """Encode a waveform (N, S), or filter banks (N, S, C).
 
         :param attention_mask: (N, S); 1 is audio, 0 the padding after it.
         :param masking: draws masks over frames and their features.
         :param temporal_mask: bool, (N, T), instead of a drawn mask.
+        :param inner_layer: the index of a layer whose outputs to return, too.
 
-        :raises ValueError: the input or a mask has another shape, or the audio is too short for a frame or for a mask.
+        :raises ValueError: the input or a mask has another shape, or the audio is too short for a frame or for a mask,
+            or too long.
         """
         self._check(input_values, attention_mask)
 
@@ -90,8 +96,11 @@ class SpeechModel(nn.Module):
         if attention_mask is not None:
             frame_mask = torch.arange(x.size(1), device=x.device) < num_frames[:, None]
 
+        hidden, inner = self.encoder(x, frame_mask, inner_layer=inner_layer)
+
         return SpeechOutput(
-            hidden=self.encoder(x, frame_mask),
+            hidden=hidden,
+            inner=inner,
             features=features,
             raw_features=raw_features,
             num_frames=num_frames,
@@ -110,8 +119,12 @@ class SpeechModel(nn.Module):
                 f"`attention_mask` must be of shape {tuple(input_values.shape[:2])}, but is of shape "
                 f"{tuple(attention_mask.shape)}"
             )
-        if int(self.feature_extractor.num_frames(torch.tensor(input_values.size(1), device="cpu"))) < 1:
+        num_frames = int(self.feature_extractor.num_frames(torch.tensor(input_values.size(1), device="cpu")))
+        if num_frames < 1:
             raise ValueError(f"the input is too short for a single frame: its length is {input_values.size(1)}")
+        limit = self.spec.max_seq_len
+        if limit is not None and num_frames > limit:
+            raise ValueError(f"the input must have at most {limit} frames, the `max_seq_len`, but has {num_frames}")
 
     def _apply_mask(self, x: Tensor, temporal_mask: Tensor) -> Tensor:
         if self.masked_spec_embed is None:
@@ -135,6 +148,8 @@ def init_speech(model: SpeechModel, name: str, parameter: Tensor, *, std: float)
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
 
+    if init_conformer(module, leaf, parameter):
+        return
     if isinstance(module, GroupNorm | LayerNorm):
         parameter.fill_(1.0 if leaf == "weight" else 0.0)
     elif isinstance(module, Conv1d):
@@ -152,6 +167,8 @@ def init_speech(model: SpeechModel, name: str, parameter: Tensor, *, std: float)
             parameter.fill_(std * (output_dim * input_dim) ** 0.5)
     elif module is model.feature_projection.projection:
         init_projection(parameter, model.spec.feature_dim)
+    elif path.endswith("relative.projection"):
+        init_projection(parameter, model.spec.model_dim)
     elif leaf == "bias":
         parameter.zero_()
     elif module is model:

@@ -1,4 +1,4 @@
-"""The encoder of wav2vec 2.0 (https://arxiv.org/abs/2006.11477): convolutional positions and Transformer layers.
+"""The encoder of wav2vec 2.0 (https://arxiv.org/abs/2006.11477): positions and a stack of layers.
 
 The names of its parameters are those of Hugging Face checkpoints.
 """
@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, dropout, gelu
 
-from lading.families.nn.attention import AttentionMask, MultiHeadAttention, bidirectional_mask
+from lading.families.nn.attention import bidirectional_mask
+from lading.families.nn.conformer import ConformerLayer
+from lading.families.nn.relative_positions import embed_distances
+from lading.families.nn.rope import RotaryEmbedding
+from lading.families.nn.speech_layers import Positions, SpeechEncoderLayer
 from lading.families.nn.speech_spec import SpeechSpec
-from lading.families.nn.uninitialized import LayerNorm, Linear
+from lading.families.nn.uninitialized import LayerNorm
 
 
 class WeightNorm(nn.Module):
@@ -72,53 +76,6 @@ class PositionalConvolution(nn.Module):
         return gelu(self.conv(x.transpose(1, 2))).transpose(1, 2)
 
 
-class SpeechFeedForward(nn.Module):
-    """Two projections with the exact GELU between them."""
-
-    def __init__(self, spec: SpeechSpec) -> None:
-        super().__init__()
-
-        self.inner_dropout_p = spec.ffn_inner_dropout_p
-
-        self.intermediate_dense = Linear(spec.model_dim, spec.ffn_inner_dim)
-        self.output_dense = Linear(spec.ffn_inner_dim, spec.model_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, T, model_dim) → the same shape."""
-        y: Tensor = self.output_dense(dropout(gelu(self.intermediate_dense(x)), self.inner_dropout_p, self.training))
-
-        return y
-
-
-class SpeechEncoderLayer(nn.Module):
-    """Attention and a feed-forward network, each normalized before, or after its residual is added."""
-
-    def __init__(self, spec: SpeechSpec) -> None:
-        super().__init__()
-
-        self.norm_first = spec.norm_first
-        self.dropout_p = spec.dropout_p
-
-        self.attention = MultiHeadAttention(spec.model_dim, spec.num_attn_heads, dropout_p=spec.attn_dropout_p)
-        self.layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps)
-        self.feed_forward = SpeechFeedForward(spec)
-        self.final_layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps)
-
-    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """Map (N, T, model_dim) → the same shape."""
-        y = self.attention(self.layer_norm(x) if self.norm_first else x, mask)
-        x = x + dropout(y, self.dropout_p, self.training)
-        if not self.norm_first:
-            x = self.layer_norm(x)
-
-        y = self.feed_forward(self.final_layer_norm(x) if self.norm_first else x)
-        x = x + dropout(y, self.dropout_p, self.training)
-        if not self.norm_first:
-            x = self.final_layer_norm(x)
-
-        return x
-
-
 class SpeechEncoder(nn.Module):
     """The positions and the stack of layers."""
 
@@ -128,19 +85,27 @@ class SpeechEncoder(nn.Module):
         self.norm_first = spec.norm_first
         self.dropout_p = spec.dropout_p
         self.layer_drop_p = spec.layer_drop_p
+        self.relative = spec.pos_encoder_type == "relative"
 
-        self.pos_conv_embed = PositionalConvolution(
-            spec.model_dim, kernel_size=spec.pos_conv_kernel_size, num_groups=spec.num_pos_conv_groups
-        )
+        self.pos_conv_embed: PositionalConvolution | None = None
+        if spec.pos_encoder_type == "conv":
+            self.pos_conv_embed = PositionalConvolution(
+                spec.model_dim, kernel_size=spec.pos_conv_kernel_size, num_groups=spec.num_pos_conv_groups
+            )
+        rotary = spec.pos_encoder_type == "rotary"
+        self.rotary = RotaryEmbedding(spec.head_dim, theta=10_000.0) if rotary else None
         # The one normalization outside layers comes first or last. No published model has both, hence the name.
         norm_both = spec.norm_first and spec.layer_norm_features
         self.input_layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps) if norm_both else None
         norm_one = spec.norm_first or spec.layer_norm_features
         self.layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps) if norm_one else None
-        self.layers = nn.ModuleList(SpeechEncoderLayer(spec) for _ in range(spec.num_layers))
+        layer_kls = SpeechEncoderLayer if spec.depthwise_conv_kernel_size is None else ConformerLayer
+        self.layers = nn.ModuleList(layer_kls(spec) for _ in range(spec.num_layers))
 
-    def forward(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:
-        """Encode (N, T, model_dim) → the same shape.
+    def forward(
+        self, x: Tensor, frame_mask: Tensor | None, *, inner_layer: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode (N, T, model_dim) → the same shape, and the output of the layer with the index ``inner_layer``.
 
         :param frame_mask: bool, (N, T); true is a frame, false padding.
         """
@@ -149,22 +114,35 @@ class SpeechEncoder(nn.Module):
             # The convolution lets adjacent frames see padding.
             x = x.masked_fill(~frame_mask[:, :, None], 0.0)
 
-        x = x + self.pos_conv_embed(x)
+        if self.pos_conv_embed is not None:
+            x = x + self.pos_conv_embed(x)
         first_norm = self.input_layer_norm if self.norm_first else self.layer_norm
         if first_norm is not None:
             x = first_norm(x)
         x = dropout(x, self.dropout_p, self.training)
 
-        if self.training and self.layer_drop_p > 0.0:
-            for layer, drawn in zip(self.layers, torch.rand(len(self.layers), device=x.device), strict=True):
-                # A skipped layer runs anyway, because the ranks of a gang, which draw independently, have to gather the
-                # same parameters; its gradients are zero.
-                x = torch.where(drawn <= self.layer_drop_p, x, layer(x, mask))
-        else:
-            for layer in self.layers:
-                x = layer(x, mask)
+        positions = self._positions(x)
+        inner = None
+        drops = self.training and self.layer_drop_p > 0.0
+        drawn = torch.rand(len(self.layers), device=x.device) if drops else None
+        for i, layer in enumerate(self.layers):
+            y = layer(x, mask, positions)
+            # A skipped layer runs anyway, because the ranks of a gang, which draw independently, have to gather the
+            # same parameters; its gradients are zero.
+            x = y if drawn is None else torch.where(drawn[i] <= self.layer_drop_p, x, y)
+            if i == inner_layer:
+                inner = x
 
         if self.norm_first and self.layer_norm is not None:
             x = self.layer_norm(x)
 
-        return x
+        return x, inner
+
+    def _positions(self, x: Tensor) -> Positions:
+        _, length, dim = x.shape
+        if self.relative:
+            return Positions(distances=embed_distances(length, dim, device=x.device, dtype=x.dtype))
+        if self.rotary is not None:
+            return Positions(rotary=self.rotary(torch.arange(length, device=x.device)[None], torch.float32))
+
+        return Positions()

@@ -1,23 +1,110 @@
-"""The options of the speech encoder, and its parallel plan."""
+"""The options of the speech encoder and of its layers, and their parallel plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lading.families.nn.checks import require_dropout, require_layers, require_multiple, require_positive, require_size
-from lading.families.nn.shapes import Shapes, norm, projection, under, weight_and_bias
+from lading.families.nn.shapes import Shapes, batch_norm, norm, projection, under, weight_and_bias
 from lading.models.parallel_plan import ParallelPlan, Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpeechSpec:
-    """The options of the speech encoder and its frontend.
+class LayerSpec:
+    """The options of the layers of a speech encoder.
 
     :raises ValueError: the sizes are not valid, such as a number of heads that doesn't divide ``model_dim``.
     """
 
     model_dim: int
+    num_attn_heads: int
+    ffn_inner_dim: int
+    pos_encoder_type: str = "conv"
+    """The kind of positions; all but ``relative`` and ``rotary`` are added to the frames before the layers."""
+    depthwise_conv_kernel_size: int | None = None
+    """The kernel size of the convolution in a Conformer layer; ``None`` for Transformer layers."""
+    norm_first: bool
+    """True if layers normalize their input and the encoder its output, false if layers normalize their output."""
+    norm_eps: float
+    dropout_p: float
+    """The dropout probability of frames with positions, and of the outputs of the blocks of a layer."""
+    attn_dropout_p: float
+    """The dropout probability of the attention weights."""
+    ffn_inner_dropout_p: float
+
+    def __post_init__(self) -> None:
+        require_positive(self, "model_dim", "num_attn_heads", "ffn_inner_dim", "norm_eps")
+        require_multiple(self, "model_dim", "num_attn_heads")
+        require_dropout(self, "dropout_p", "attn_dropout_p", "ffn_inner_dropout_p")
+        if self.pos_encoder_type == "relative" and self.model_dim % 2:
+            raise ValueError(f"relative positions need an even `model_dim`, but it is {self.model_dim}")
+        if self.pos_encoder_type == "rotary" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need attention heads of an even width, but it is {self.head_dim}")
+        if self.depthwise_conv_kernel_size is not None:
+            require_positive(self, "depthwise_conv_kernel_size")
+            require_size(
+                "`model_dim` times `depthwise_conv_kernel_size`", self.model_dim * self.depthwise_conv_kernel_size
+            )
+            if self.norm_first:
+                raise ValueError("Conformer layers normalize their output: `norm_order` must be POST, but is PRE")
+
+    @property
+    def head_dim(self) -> int:
+        """The width of an attention head."""
+        return self.model_dim // self.num_attn_heads
+
+    def layer_shapes(self) -> Shapes:
+        """Return the names and shapes of the parameters of a layer."""
+        dim = self.model_dim
+        if self.depthwise_conv_kernel_size is None:
+            return {
+                **under("attention", self._attention_shapes()),
+                **norm("layer_norm", dim),
+                **under("feed_forward", self._feed_forward_shapes()),
+                **norm("final_layer_norm", dim),
+            }
+
+        return {
+            **norm("ffn1_layer_norm", dim),
+            **under("ffn1", self._feed_forward_shapes()),
+            **norm("self_attn_layer_norm", dim),
+            **under("self_attn", self._attention_shapes()),
+            **norm("conv_module.layer_norm", dim),
+            "conv_module.pointwise_conv1.weight": (2 * dim, dim, 1),
+            "conv_module.depthwise_conv.weight": (dim, 1, self.depthwise_conv_kernel_size),
+            **batch_norm("conv_module.batch_norm", dim),
+            "conv_module.pointwise_conv2.weight": (dim, dim, 1),
+            **norm("ffn2_layer_norm", dim),
+            **under("ffn2", self._feed_forward_shapes()),
+            **norm("final_layer_norm", dim),
+        }
+
+    def _attention_shapes(self) -> Shapes:
+        dim, heads = self.model_dim, (self.num_attn_heads, self.head_dim)
+        found: Shapes = {}
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            found |= projection(name, dim, dim)
+        if self.pos_encoder_type == "relative":
+            found |= projection("relative.projection", dim, dim, bias=False)
+            found |= {"relative.bias.u": heads, "relative.bias.v": heads}
+
+        return found
+
+    def _feed_forward_shapes(self) -> Shapes:
+        return {
+            **projection("intermediate_dense", self.model_dim, self.ffn_inner_dim),
+            **projection("output_dense", self.ffn_inner_dim, self.model_dim),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeechSpec(LayerSpec):
+    """The options of the speech encoder and its frontend.
+
+    :raises ValueError: the sizes are not valid, such as a number of heads that doesn't divide ``model_dim``.
+    """
+
     feature_dim: int
     fbank: tuple[int, int] | None
     """Filter banks instead of a waveform: the number of channels, and of adjacent filter banks per frame."""
@@ -29,23 +116,15 @@ class SpeechSpec:
     feature_grad_scale: float
     """The factor of the gradient of the convolutions in training, with which they learn more slowly."""
     project_features: bool
+    max_seq_len: int | None = None
+    """The largest number of frames, if positions have a limit."""
     pos_conv_kernel_size: int
     num_pos_conv_groups: int
     num_layers: int
-    num_attn_heads: int
-    ffn_inner_dim: int
-    norm_first: bool
-    """True if layers normalize their input and the encoder its output, false if layers normalize their output."""
     layer_norm_features: bool
     """True if frames are normalized again after positions are added."""
-    norm_eps: float
     first_pass_dropout_p: float
     """The dropout probability of the projected frames."""
-    dropout_p: float
-    """The dropout probability of frames with positions, and of the outputs of attention and feed-forward blocks."""
-    attn_dropout_p: float
-    """The dropout probability of the attention weights."""
-    ffn_inner_dropout_p: float
     layer_drop_p: float
     """The probability that a layer is skipped in training (https://arxiv.org/abs/1909.11556)."""
     masked: bool
@@ -53,23 +132,15 @@ class SpeechSpec:
 
     def __post_init__(self) -> None:
         require_layers(self.num_layers)
-        require_positive(
-            self,
-            "model_dim",
-            "feature_dim",
-            "pos_conv_kernel_size",
-            "num_pos_conv_groups",
-            "num_attn_heads",
-            "ffn_inner_dim",
-            "norm_eps",
-        )
-        require_multiple(self, "model_dim", "num_attn_heads", "num_pos_conv_groups")
-        require_size("`model_dim` times `pos_conv_kernel_size`", self.model_dim * self.pos_conv_kernel_size)
-        require_dropout(
-            self, "first_pass_dropout_p", "dropout_p", "attn_dropout_p", "ffn_inner_dropout_p", "layer_drop_p"
-        )
-        if not 0.0 < self.feature_grad_scale <= 1.0:
-            raise ValueError(f"`feature_grad_scale` must be in (0, 1], but is {self.feature_grad_scale}")
+        LayerSpec.__post_init__(self)  # `super()` needs the class before it has slots
+        require_positive(self, "feature_dim")
+        if self.max_seq_len is not None:
+            require_positive(self, "max_seq_len")
+        if self.pos_encoder_type == "conv":
+            require_positive(self, "pos_conv_kernel_size", "num_pos_conv_groups")
+            require_multiple(self, "model_dim", "num_pos_conv_groups")
+            require_size("`model_dim` times `pos_conv_kernel_size`", self.model_dim * self.pos_conv_kernel_size)
+        require_dropout(self, "first_pass_dropout_p", "layer_drop_p")
         if not self.project_features and self.feature_dim != self.model_dim:
             raise ValueError(
                 f"frames of width {self.feature_dim} must be projected to a `model_dim` of {self.model_dim}"
@@ -78,6 +149,8 @@ class SpeechSpec:
         if self.fbank is not None:
             self._check_width(self.fbank[0] * self.fbank[1], "the filter banks give")
             return
+        if not 0.0 < self.feature_grad_scale <= 1.0:
+            raise ValueError(f"`feature_grad_scale` must be in (0, 1], but is {self.feature_grad_scale}")
         descs = self.feature_extractor_layer_descs
         if not descs or any(min(desc) < 1 for desc in descs):
             raise ValueError(
@@ -105,18 +178,19 @@ class SpeechSpec:
         if self.project_features:
             found |= projection("feature_projection.projection", self.feature_dim, dim)
 
-        kernel = self.pos_conv_kernel_size
-        weight = "encoder.pos_conv_embed.conv.parametrizations.weight"
-        found |= {
-            "encoder.pos_conv_embed.conv.bias": (dim,),
-            f"{weight}.original0": (1, 1, kernel),
-            f"{weight}.original1": (dim, dim // self.num_pos_conv_groups, kernel),
-        }
+        if self.pos_encoder_type == "conv":
+            kernel = self.pos_conv_kernel_size
+            weight = "encoder.pos_conv_embed.conv.parametrizations.weight"
+            found |= {
+                "encoder.pos_conv_embed.conv.bias": (dim,),
+                f"{weight}.original0": (1, 1, kernel),
+                f"{weight}.original1": (dim, dim // self.num_pos_conv_groups, kernel),
+            }
         if self.norm_first and self.layer_norm_features:
             found |= norm("encoder.input_layer_norm", dim)
         if self.norm_first or self.layer_norm_features:
             found |= norm("encoder.layer_norm", dim)
-        layer = self._layer_shapes()
+        layer = self.layer_shapes()
         for i in range(self.num_layers):
             found |= under(f"encoder.layers.{i}", layer)
 
@@ -134,42 +208,37 @@ class SpeechSpec:
 
         return found
 
-    def _layer_shapes(self) -> Shapes:
-        dim, inner = self.model_dim, self.ffn_inner_dim
-
-        return {
-            **projection("attention.k_proj", dim, dim),
-            **projection("attention.v_proj", dim, dim),
-            **projection("attention.q_proj", dim, dim),
-            **projection("attention.out_proj", dim, dim),
-            **norm("layer_norm", dim),
-            **projection("feed_forward.intermediate_dense", dim, inner),
-            **projection("feed_forward.output_dense", inner, dim),
-            **norm("final_layer_norm", dim),
-        }
-
 
 def speech_plan(spec: SpeechSpec, prefix: str) -> ParallelPlan:
     """Return the parallel plan of a :class:`~lading.families.nn.speech.SpeechModel`.
 
     It splits attention by heads and feed-forward networks by their inner width. The frontend, with a twentieth of the
-    parameters, is not split.
+    parameters, and the convolutions of Conformer layers, with an eighth, are not split.
 
     :param prefix: the name of the speech model in the whole model.
     """
     layer = f"{prefix}.encoder.layers.*"
 
     return ParallelPlan(
-        tensor={
-            f"{layer}.attention.q_proj": Split.COLUMN,
-            f"{layer}.attention.k_proj": Split.COLUMN,
-            f"{layer}.attention.v_proj": Split.COLUMN,
-            f"{layer}.attention.out_proj": Split.ROW,
-            f"{layer}.feed_forward.intermediate_dense": Split.COLUMN,
-            f"{layer}.feed_forward.output_dense": Split.ROW,
-            f"{layer}.layer_norm": Split.REPLICATED,
-            f"{layer}.final_layer_norm": Split.REPLICATED,
-        },
+        tensor=layer_splits(spec, layer),
         divisible={"num_encoder_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim},
         units=(layer,),
     )
+
+
+def layer_splits(spec: LayerSpec, layer: str) -> Mapping[str, Split]:
+    """Return the splits of the modules of the layers with the names ``layer``."""
+    conformer = spec.depthwise_conv_kernel_size is not None
+    attention = "self_attn" if conformer else "attention"
+    networks = ("ffn1", "ffn2") if conformer else ("feed_forward",)
+    norms = ("ffn1_layer_norm", "self_attn_layer_norm", "conv_module.layer_norm", "ffn2_layer_norm", "final_layer_norm")
+
+    splits = {f"{attention}.{name}": Split.COLUMN for name in ("q_proj", "k_proj", "v_proj")}
+    if spec.pos_encoder_type == "relative":
+        splits |= dict.fromkeys((f"{attention}.relative.projection", f"{attention}.relative.bias"), Split.COLUMN)
+    splits[f"{attention}.out_proj"] = Split.ROW
+    for network in networks:
+        splits |= {f"{network}.intermediate_dense": Split.COLUMN, f"{network}.output_dense": Split.ROW}
+    splits |= dict.fromkeys(norms if conformer else ("layer_norm", "final_layer_norm"), Split.REPLICATED)
+
+    return {f"{layer}.{name}": split for name, split in splits.items()}

@@ -34,3 +34,7 @@ class GroupNorm(_Uninitialized, nn.GroupNorm):
 
 class Conv1d(_Uninitialized, nn.Conv1d):
     """``nn.Conv1d`` whose constructor leaves its parameters uninitialized."""
+
+
+class BatchNorm1d(_Uninitialized, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` whose constructor leaves its parameters uninitialized."""

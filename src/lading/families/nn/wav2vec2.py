@@ -10,7 +10,7 @@ from torch.nn.functional import dropout
 
 from lading.families.nn.checks import require_positive
 from lading.families.nn.quantizer import GumbelQuantizer, QuantizerOutput, init_quantizer
-from lading.families.nn.speech import SpeechModel, init_projection, init_speech
+from lading.families.nn.speech import SpeechModel, SpeechOutput, init_projection, init_speech
 from lading.families.nn.uninitialized import Linear
 from lading.families.wav2vec2_config import Wav2Vec2Config, masking_of
 from lading.families.wav2vec2_encoder import encoder_spec
@@ -96,15 +96,28 @@ class Wav2Vec2(nn.Module):
         :raises ValueError: the input or a mask has another shape, or the audio is too short for a frame or for a mask.
         """
         encoded = self.wav2vec2(input_values, attention_mask, masking=self.masking, temporal_mask=temporal_mask)
+
+        return self.contrast(encoded, encoded.hidden, distractors)
+
+    def contrast(self, encoded: SpeechOutput, hidden: Tensor, distractors: Tensor | None = None) -> Wav2Vec2Output:
+        """Tell the quantized frames at masks from distractors.
+
+        :param encoded: the output of the encoder, with masks.
+        :param hidden: the hidden states to do it from, (N, T, model_dim): those of the last layer, or of another.
+        :param distractors: as in :meth:`forward`.
+
+        :raises ValueError: the mask doesn't have the same number of frames in each row, or has fewer than two.
+        """
         mask = encoded.temporal_mask
+        assert mask is not None
 
         features = encoded.features if self.quantizer_encoder_grad else encoded.features.detach()
         features = dropout(features, self.target_dropout_p, self.training)
 
-        quantized = self.quantizer(_masked(features, mask))
+        quantized = self.quantizer(masked_frames(features, mask))
         # The output of a linear with bias is a view, and FSDP warns about modules that return one.
         targets = self.project_q(quantized.vectors).clone()
-        states = self.project_hid(_masked(encoded.hidden, mask)).clone()
+        states = self.project_hid(masked_frames(hidden, mask)).clone()
 
         if distractors is None:
             distractors = draw_distractors(targets, self.num_distractors)
@@ -115,7 +128,7 @@ class Wav2Vec2(nn.Module):
             targets=targets,
             quantizer=quantized,
             temporal_mask=mask,
-            hidden=encoded.hidden,
+            hidden=hidden,
             raw_features=encoded.raw_features,
             num_frames=encoded.num_frames,
         )
@@ -143,8 +156,11 @@ class Wav2Vec2(nn.Module):
         )
 
 
-def _masked(x: Tensor, mask: Tensor) -> Tensor:
-    """Select masked frames, (N, T, D) → (N, M, D)."""
+def masked_frames(x: Tensor, mask: Tensor) -> Tensor:
+    """Select masked frames, (N, T, D) → (N, M, D).
+
+    :raises ValueError: the rows don't have the same number of them, or have fewer than two.
+    """
     counts = mask.sum(1).tolist()
     if len(set(counts)) > 1 or counts[0] < 2:
         raise ValueError(f"a mask must have the same number of frames in each row, and two or more, but has {counts}")
