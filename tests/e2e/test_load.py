@@ -176,6 +176,20 @@ def test_the_report_counts(cards: Path) -> None:
     assert (mapped.bytes_read, mapped.bytes_mapped) == (0, report.bytes_read)
 
 
+def test_trained_tensors_that_a_model_does_not_need_are_in_the_report(catalog: Path, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    further = {"mtp.layers.0.weight": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(state | further, folder / "model.safetensors")
+
+    _, report = load_with_report(folder)
+    assert report.dropped == ("mtp.layers.0.weight",)
+    assert report.tensors == len(state)
+
+    _, report = load_with_report(make(tmp_path / "other"))
+    assert report.dropped == ()
+
+
 # --- the catalog's part ----------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from lading.cli.complete import complete_target
 from lading.cli.options import DTYPES, no_progress, no_restrict, one_object, verify_mode
 from lading.cli.output import dtype_text, write_json, write_pairs
 from lading.errors import NotSupportedError
-from lading.system.display import counted, human_bytes, human_count
+from lading.system.display import counted, human_bytes, human_count, some
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ def load(
             "parameters": human_count(report.parameters),
             "dtypes": dtype_text(report.dtypes),
             "tensors": f"{report.tensors} in {counted(report.shards, 'shard')}",
+            **({"dropped": some(report.dropped)} if report.dropped else {}),
             **({"adapters": ", ".join(report.adapters)} if report.adapters else {}),
             **_transfer(report),
             **({"mapped": human_bytes(report.bytes_mapped)} if report.bytes_mapped else {}),

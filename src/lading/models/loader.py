@@ -348,6 +348,7 @@ def _load(
         pages=moved.pages,
         phases=dict(clock.phases),
         adapters=tuple(each.where for each in added),
+        dropped=routed.unneeded,
     )
     log.info(
         "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",

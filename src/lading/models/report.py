@@ -43,6 +43,9 @@ class LoadReport:
     """True if the bytes came straight from the source of the checkpoint."""
     verified: bool | None = None
     """True if all streamed bytes, of all ranks, were compared with a digest; ``None`` if they came from files."""
+    dropped: tuple[str, ...] = ()
+    """The trained tensors of the checkpoint that the model does not need, such as those of a multimodal model for its
+    decoder alone."""
 
     @property
     def transfer(self) -> str:
