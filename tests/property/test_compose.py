@@ -21,6 +21,8 @@ from lading.planning.composition import (
     Sliced,
     Source,
     Stacked,
+    Transposed,
+    Unfolded,
     pieces,
     shape_of,
     tensors_of,
@@ -43,6 +45,8 @@ def sources(draw: st.DrawFn, shape: Shape, shapes: list[Shape], depth: int = 3, 
         kinds += ["joined", "sliced"]
         kinds += ["stacked"] if shape[0] else []
         kinds += ["reordered"] if ordered else []
+        kinds += ["transposed"] if len(shape) > 1 else []
+        kinds += ["unfolded"] if len(shape) > 1 and shape[0] else []
     kind = draw(st.sampled_from(kinds))
     if kind == "joined":
         dim = draw(st.integers(0, len(shape) - 1))
@@ -65,6 +69,11 @@ def sources(draw: st.DrawFn, shape: Shape, shapes: list[Shape], depth: int = 3, 
         whole = (*shape[:dim], start + shape[dim] + after, *shape[dim + 1 :])
         # What is cut may be re-ordered, if what makes it is not.
         return Sliced(dim, start, shape[dim], draw(sources(whole, shapes, depth - 1, ordered)))
+    if kind == "transposed":
+        return Transposed(draw(sources((*shape[:-2], shape[-1], shape[-2]), shapes, depth - 1, ordered)))
+    if kind == "unfolded":
+        folded = (shape[0] * shape[1], *shape[2:])
+        return Unfolded(shape[0], draw(sources(folded, shapes, depth - 1, ordered)))
     shapes.append(shape)
     return len(shapes) - 1
 
@@ -99,6 +108,11 @@ def compose(source: Source, tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([compose(part, tensors) for part in source.parts])
     if isinstance(source, Sliced):
         return compose(source.source, tensors).narrow(source.dim, source.start, source.size)
+    if isinstance(source, Transposed):
+        return compose(source.source, tensors).transpose(-1, -2)
+    if isinstance(source, Unfolded):
+        value = compose(source.source, tensors)
+        return value.reshape(source.count, len(value) // source.count, *value.shape[1:])
     order, value = source.order, compose(source.source, tensors)
     shape = value.shape
     groups = (*shape[: order.dim], shape[order.dim] // order.group, order.rows, order.columns, *shape[order.dim + 1 :])

@@ -140,7 +140,9 @@ class Selection(NamedTuple):
             else:
                 loops.append((size, distance, target))
 
-        count, distance, apart = loops.pop(0) if loops else (1, length, length)
+        # The runs of a group are side by side in memory if those of any loop are, as in a transposed matrix.
+        inner = next((i for i, (_, _, target) in enumerate(loops) if target == length), 0)
+        count, distance, apart = loops.pop(inner) if loops else (1, length, length)
         outer = loops[::-1]
         for at in itertools.product(*(range(size) for size, _, _ in outer)):
             begin, place = first, self.place

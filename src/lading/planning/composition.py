@@ -1,8 +1,9 @@
 """Compositions: values that describe how the tensors of a checkpoint make a parameter. Pure.
 
 A *source* is a tensor, by its position in the manifest, or sources that are joined along a dim, stacked along a new
-dim, reordered or sliced along a dim. It is never executed on tensors: for a box of the parameter it yields pieces, each
-a strided copy from one tensor to the memory of the box, so that a rank reads the bytes of its box and no others.
+dim, reordered or sliced along a dim, unfolded or transposed. It is never executed on tensors: for a box of the
+parameter it yields pieces, each a strided copy from one tensor to the memory of the box, so that a rank reads the bytes
+of its box and no others.
 """
 
 from __future__ import annotations
@@ -65,18 +66,35 @@ class Sliced:
     source: Source
 
 
-Source = int | Joined | Stacked | Reordered | Sliced
+@dataclass(frozen=True, slots=True)
+class Unfolded:
+    """A source with its first dim divided in two, the first of which has ``count`` indices: (count * N, …) as (count,
+    N, …).
+    """
+
+    count: int
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """A source with its last two dims exchanged."""
+
+    source: Source
+
+
+Source = int | Joined | Stacked | Reordered | Sliced | Unfolded | Transposed
 
 
 def tensors_of(source: Source) -> Iterator[int]:
     """Yield the positions of all tensors in ``source``."""
     if isinstance(source, int):
         yield source
-    elif isinstance(source, Reordered | Sliced):
-        yield from tensors_of(source.source)
-    else:
+    elif isinstance(source, Joined | Stacked):
         for part in source.parts:
             yield from tensors_of(part)
+    else:
+        yield from tensors_of(source.source)
 
 
 def shape_of(source: Source, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -97,6 +115,16 @@ def shape_of(source: Source, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ..
         if dim >= len(shape) or source.start + source.size > shape[dim]:
             raise ValueError(f"{list(shape)} has no {source.size} indices from {source.start} on along dim {dim}")
         return (*shape[:dim], source.size, *shape[dim + 1 :])
+    if isinstance(source, Unfolded):
+        shape = shape_of(source.source, shapes)
+        if not shape or shape[0] % source.count:
+            raise ValueError(f"{list(shape)} has no {source.count} equal parts along dim 0")
+        return (source.count, shape[0] // source.count, *shape[1:])
+    if isinstance(source, Transposed):
+        shape = shape_of(source.source, shapes)
+        if len(shape) < 2:
+            raise ValueError(f"{list(shape)} has no two dims to exchange")
+        return (*shape[:-2], shape[-1], shape[-2])
 
     parts = [shape_of(part, shapes) for part in source.parts]
     if isinstance(source, Stacked):
@@ -142,6 +170,14 @@ def _walk(source: Source, shapes: Sequence[tuple[int, ...]], selection: Selectio
         yield from _walk(
             source.source, shapes, selection.along(dim, 0, selection.sizes[dim], start, selection.steps[dim])
         )
+    elif isinstance(source, Unfolded):
+        for inner in _unfolded(shape_of(source, shapes)[1], selection):
+            yield from _walk(source.source, shapes, inner)
+    elif isinstance(source, Transposed):
+        starts, sizes, steps, place, strides = selection
+        swapped = ((*of[:-2], of[-1], of[-2]) for of in (starts, sizes, steps, strides))
+        starts, sizes, steps, strides = swapped
+        yield from _walk(source.source, shapes, Selection(starts, sizes, steps, place, strides))
     else:
         for inner in _reordered(source.order, selection):
             yield from _walk(source.source, shapes, inner)
@@ -160,6 +196,16 @@ def _joined(
         if count > 0:
             yield part, selection.along(dim, done, count, start + done * step - begin, step)
             done += count
+
+
+def _unfolded(length: int, selection: Selection) -> Iterator[Selection]:
+    """Yield the parts of ``selection`` at each index of the first dim, whose ``length`` the second has."""
+    for i in range(selection.sizes[0]):
+        start = (selection.starts[0] + i * selection.steps[0]) * length + selection.starts[1]
+        place = selection.place + i * selection.strides[0]
+        yield Selection(
+            (start, *selection.starts[2:]), selection.sizes[1:], selection.steps[1:], place, selection.strides[1:]
+        )
 
 
 def _reordered(order: Regroup, selection: Selection) -> Iterator[Selection]:

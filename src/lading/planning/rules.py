@@ -13,7 +13,18 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from lading.errors import InternalError
-from lading.planning.composition import Joined, Regroup, Reordered, Sliced, Source, Stacked, shape_of, tensors_of
+from lading.planning.composition import (
+    Joined,
+    Regroup,
+    Reordered,
+    Sliced,
+    Source,
+    Stacked,
+    Transposed,
+    Unfolded,
+    shape_of,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,18 @@ class Rule:
     computed: bool = False
     """Without a target: whether the tensor holds nothing that was trained, such as a buffer that the model computes."""
     cut: tuple[int, int, int] | None = None
-    """The ``(dim, first index, size)`` of the part of the tensor that makes the target, after the reordering."""
+    """The ``(dim, first index, size)`` of the part of the tensor that makes the target, after the reordering. Where
+    tensor-parallel ranks saved parts of a tensor, each holds a share of each target: its own part is cut likewise."""
+    unfold: int | None = None
+    """The number of indices of a new first dim, into which the first dim of the tensor, or of the part of each rank, is
+    divided: as many experts, whose matrices are below one another."""
+    transpose: bool = False
+    """True if the last two dims of the tensor, or of the part of each rank, are exchanged."""
+
+    @property
+    def arranges(self) -> bool:
+        """True if the rule does more than rename."""
+        return bool(self.concat or self.stack or self.order or self.cut or self.unfold or self.transpose)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +243,8 @@ class _Position:
     concat: int = 0
     rule: Rule | None = None
     """The rule of the tensor, if it does more than rename."""
+    extent: int = 0
+    """The indices that all rules together cut out of the tensor."""
 
     @property
     def key(self) -> tuple[int, int, tuple[int, int]]:
@@ -236,6 +260,10 @@ def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, s
     """
     compiled = [(*_compile(rule), rule) for rule in rules]
     # Most names match no rule: one expression for all rules rejects these at once.
+    extents: dict[str, int] = {}
+    for rule in rules:
+        if rule.cut is not None:
+            extents[rule.source] = max(extents.get(rule.source, 0), rule.cut[1] + rule.cut[2])
     any_rule = re.compile("|".join(f"(?:{_GROUP_NAME.sub('(?:', pattern.pattern)})" for pattern, _, _ in compiled))
 
     for i, name in enumerate(names):
@@ -252,9 +280,10 @@ def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, s
             if matched is not None and (rule.cut is None or rule.source != matched.source):
                 continue
             if match := pattern.fullmatch(name):
-                if rule.concat or rule.stack or rule.order or rule.cut or target is None:
+                if target is None or rule.arranges:
                     stack = int(match[rule.stack]) if rule.stack else 0
-                    place = _Position(ranks or (0, 0), stack, rule.concat[1] if rule.concat else 0, rule)
+                    concat = rule.concat[1] if rule.concat else 0
+                    place = _Position(ranks or (0, 0), stack, concat, rule, extents.get(rule.source, 0))
                 yield i, (None if target is None else target.format(**match.groupdict())), place
                 if rule.cut is None:
                     break
@@ -335,9 +364,9 @@ def _build(
         for j in range(len(cells[i])):
             rule = cells[i][j][0][1].rule
             source = _join_ranks(cells[i][j], shapes, tp_dim, sdp_dim)
-            if rule is not None and rule.order is not None:
+            if rule is not None and rule.order is not None and rule.cut is None:
                 source = Reordered(rule.order, source)
-            joined.append(source if rule is None or rule.cut is None else Sliced(*rule.cut, source))
+            joined.append(source)
         concat = None if rule is None else rule.concat
         stacked.append(joined[0] if concat is None else Joined(concat[0], tuple(joined)))
 
@@ -358,9 +387,38 @@ def _join_ranks(
         _require_complete("sharded parts", rows[tp])
         all_parts = [rows[tp][sdp] for sdp in range(len(rows[tp]))]
         row = tuple(part for part in all_parts if 0 not in shapes[part]) or (all_parts[0],)
-        whole.append(row[0] if sdp_dim is None or len(row) == 1 else Joined(sdp_dim, row))
+        source = row[0] if sdp_dim is None or len(row) == 1 else Joined(sdp_dim, row)
+        whole.append(_arrange(source, shapes, parts[0][1], tp_dim, ranks=len(rows)))
 
     return whole[0] if tp_dim is None or len(whole) == 1 else Joined(tp_dim, tuple(whole))
+
+
+def _arrange(
+    source: Source, shapes: Sequence[tuple[int, ...]], place: _Position, tp_dim: int | None, *, ranks: int
+) -> Source:
+    """Do with the part of one of ``ranks`` tensor-parallel ranks what has to precede the joining of all parts.
+
+    :raises ValueError: the ranks do not hold equal shares of the targets into which the tensor is cut.
+    """
+    rule = place.rule
+    if rule is None:
+        return source
+    if rule.unfold is not None:
+        source = Unfolded(rule.unfold, source)
+    if rule.transpose:
+        source = Transposed(source)
+    if rule.cut is not None:
+        dim, start, size = rule.cut
+        if dim == tp_dim and ranks > 1:
+            held = (*shape_of(source, shapes), 0)[dim]
+            if start % ranks or size % ranks or held * ranks != place.extent:
+                raise ValueError(f"{ranks} ranks with {held} indices each hold no equal shares of {place.extent}")
+        else:
+            ranks = 1
+        source = source if rule.order is None else Reordered(rule.order, source)
+        source = Sliced(dim, start // ranks, size // ranks, source)
+
+    return source
 
 
 def _require_complete(what: str, numbered: Mapping[int, object]) -> None:

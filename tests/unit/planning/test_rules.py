@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lading.errors import InternalError
-from lading.planning.composition import Joined, Regroup, Reordered, Sliced, Stacked
+from lading.planning.composition import Joined, Regroup, Reordered, Sliced, Stacked, Transposed, Unfolded
 from lading.planning.rules import Rule, rename, route
 
 RULES = (
@@ -126,6 +126,70 @@ def test_a_tensor_is_cut_into_several_targets() -> None:
 
     short = route(["0.qkv"], ["0.q", "0.k"], rules, shapes=[(5, 3)], target_shapes=[(4, 3), (2, 3)])
     assert [name for name, _ in short.incomplete] == ["0.k"]
+
+
+FUSED = (
+    Rule("qkv", "q", cut=(0, 0, 4)),
+    Rule("qkv", "k", cut=(0, 4, 2)),
+)
+
+
+def test_each_rank_that_saved_a_part_holds_a_share_of_what_a_tensor_is_cut_into() -> None:
+    names, targets, target_shapes = ["qkv#0", "qkv#1"], ["q", "k"], [(4, 3), (2, 3)]
+
+    found = route(names, targets, FUSED, shapes=[(3, 3)] * 2, target_shapes=target_shapes)
+
+    assert dict(found.composed) == {
+        0: Joined(0, (Sliced(0, 0, 2, 0), Sliced(0, 0, 2, 1))),
+        1: Joined(0, (Sliced(0, 2, 1, 0), Sliced(0, 2, 1, 1))),
+    }
+    assert not found.incomplete
+
+    # Split along the other dim, each part has all rows; and of copies, the first is used.
+    columns = route(names, targets, FUSED, shapes=[(6, 2), (6, 1)], target_shapes=target_shapes)
+    assert columns.composed[1] == Joined(1, (Sliced(0, 4, 2, 0), Sliced(0, 4, 2, 1)))
+    copies = route(names, targets, FUSED, shapes=[(6, 3)] * 2, target_shapes=target_shapes)
+    assert copies.composed[1] == Sliced(0, 4, 2, 0)
+
+
+def test_ranks_that_hold_no_equal_shares_are_reported() -> None:
+    names = [f"qkv#{i}" for i in range(3)]
+
+    found = route(names, ["q", "k"], FUSED, shapes=[(2, 3)] * 3, target_shapes=[(4, 3), (2, 3)])
+
+    assert [name for name, _ in found.incomplete] == ["q", "k"]
+
+
+def test_experts_below_one_another_are_unfolded_rank_by_rank() -> None:
+    rules = (
+        Rule("gate", "gate_up", concat=(2, 0), unfold=2),
+        Rule("up", "gate_up", concat=(2, 1), unfold=2),
+        Rule("down", "down", unfold=2),
+        Rule("router", "router.weight", transpose=True),
+    )
+    targets, target_shapes = ["gate_up", "down", "router.weight"], [(2, 3, 8), (2, 4, 3), (2, 3)]
+
+    whole = route(["gate", "up", "down", "router"], targets, rules,
+                  shapes=[(6, 4), (6, 4), (8, 3), (3, 2)], target_shapes=target_shapes)  # fmt: skip
+    assert dict(whole.composed) == {
+        0: Joined(2, (Unfolded(2, 0), Unfolded(2, 1))),
+        1: Unfolded(2, 2),
+        2: Transposed(3),
+    }
+
+    names = [f"{name}#{rank}" for name in ("gate", "up", "down", "router") for rank in range(2)]
+    shapes = [(6, 2)] * 4 + [(4, 3)] * 2 + [(3, 2)] * 2
+    parts = route(names, targets, rules, shapes=shapes, target_shapes=target_shapes)
+    gate, up = (Joined(2, (Unfolded(2, i), Unfolded(2, i + 1))) for i in (0, 2))
+    assert dict(parts.composed) == {
+        0: Joined(2, (gate, up)),
+        1: Joined(1, (Unfolded(2, 4), Unfolded(2, 5))),
+        2: Transposed(6),
+    }
+    assert not parts.incomplete
+
+    odd = route(["down"], ["down"], rules, shapes=[(7, 3)], target_shapes=[(2, 4, 3)])
+    assert odd.incomplete == (("down", "[7, 3] has no 2 equal parts along dim 0"),)
 
 
 def test_what_is_re_ordered_is_composed_of_one_tensor() -> None:
