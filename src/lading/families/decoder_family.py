@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast, get_args
 
@@ -84,9 +84,21 @@ def decoder_family(
     :param others: the fields of the family that are not those of all decoders.
     """
     by_type = {table.model_type: table for table in tables}
+    wholes: Collection[str] = others.get("hf_part_of", ())
 
     def table_of(values: Mapping[str, object]) -> ConfigTable[ConfigT]:
         return by_type.get(str(values.get("model_type")), tables[0])
+
+    def from_hf(values: Mapping[str, object]) -> ConfigT:
+        if wholes and "text_config" in values:
+            return read_text_part(values, tables[0])
+
+        return table_of(values).read(values)
+
+    def hf_stated(values: Mapping[str, object]) -> frozenset[str]:
+        own = ConfigReader(values, tables[0].family).section("text_config").values() if wholes else None
+
+        return table_of(values).stated(own or values)
 
     def init(model: ModelT, config: ConfigT, name: str, parameter: Tensor) -> None:
         from lading.families.nn.decoder_lm import init_decoder
@@ -103,8 +115,8 @@ def decoder_family(
         shapes=lambda config: spec(config).shapes(),
         parallel_plan=lambda config: _parallel_plan(spec(config)),
         hf_model_types=frozenset(by_type),
-        from_hf=lambda values: table_of(values).read(values),
-        hf_stated=lambda values: table_of(values).stated(values),
+        from_hf=from_hf,
+        hf_stated=hf_stated,
         to_hf=tables[0].write,
         explain=explain_head,
     )
@@ -214,6 +226,24 @@ def plain_rope(theta: float) -> KeyGroup:
 
 PLAIN_ROPE: Final = plain_rope(10_000.0)
 """These frequencies, with the base that is the default of most models."""
+
+
+def read_text_part(values: Mapping[str, object], table: ConfigTable[ConfigT]) -> ConfigT:
+    """Return the configuration of the decoder in a multimodal model, whose keys are in ``text_config``.
+
+    :raises NotSupportedError: as :meth:`ConfigTable.read`; likewise the other errors.
+    """
+    whole = ConfigReader(values, table.family)
+    whole.refuse_quantized()
+    whole.require("is_causal", True)
+    whole.require("per_layer_config", None)
+    config = table.read_keys(whole.section("text_config", table))
+    # The class of transformers for both looks at the outer one.
+    if "tie_word_embeddings" in whole:
+        whole.require("tie_word_embeddings", config.tied_embeddings)
+
+    return config
+
 
 LayerType = Literal["sliding_attention", "full_attention"]
 """The kind of attention in a layer, with or without a window."""

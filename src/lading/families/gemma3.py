@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,12 @@ from lading.families.decoder_family import (
     read_layer_types,
     read_rope_of_layers,
 )
-from lading.families.name_rules import DECODER_RULES
+from lading.families.name_rules import DECODER_RULES, text_part_rules
 from lading.families.nn.checks import require_positive
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.rope_scaling import LinearScaling
 from lading.models.accessor import ModelHubAccessor
 from lading.models.family import Family
-from lading.planning.rules import Rule
 from lading.system.deferred import deferred
 
 if TYPE_CHECKING:
@@ -100,18 +99,6 @@ def _spec(config: Gemma3Config) -> DecoderSpec:
 
 def _layer_types(config: Gemma3Config) -> list[LayerType]:
     return default_layer_types(config.num_layers, every=6) if config.layer_types is None else config.layer_types
-
-
-_DECODER_OF_IMAGES: Sequence[Rule] = (
-    Rule("language_model.model.{rest*}", "model.{rest}"),
-    Rule("language_model.lm_head.weight", "lm_head.weight"),
-    Rule("model.language_model.{rest*}", "model.{rest}"),
-    Rule("vision_tower.{rest*}", None),
-    Rule("multi_modal_projector.{rest*}", None),
-    Rule("model.vision_tower.{rest*}", None),
-    Rule("model.multi_modal_projector.{rest*}", None),
-)
-"""The names of the decoder in a multimodal model, in files and in transformers 5."""
 
 
 def _read_types(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -189,35 +176,13 @@ CONFIG_JSON = ConfigTable(
 """The keys of ``config.json`` of text models, and of ``text_config`` of multimodal models."""
 
 
-def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
-    whole = ConfigReader(values, "gemma3")
-    if "text_config" not in whole:
-        return CONFIG_JSON.read(values)
-
-    whole.refuse_quantized()
-    whole.require("is_causal", True)
-    whole.require("per_layer_config", None)
-    keys = whole.section("text_config", CONFIG_JSON)
-    # The class of transformers for both looks at the outer one.
-    if "tie_word_embeddings" in whole:
-        whole.require("tie_word_embeddings", keys.flag("tie_word_embeddings", True))
-
-    return CONFIG_JSON.read_keys(keys)
-
-
-def _hf_stated(values: Mapping[str, object]) -> frozenset[str]:
-    return CONFIG_JSON.stated(ConfigReader(values, "gemma3").section("text_config").values() or values)
-
-
 FAMILY: Family[Gemma3, Gemma3Config] = decoder_family(
     "lading.families.nn.decoder_models:Gemma3",
     _spec,
     CONFIG_JSON,
     init_std_scale="none",
-    rules=lambda config: (*_DECODER_OF_IMAGES, *DECODER_RULES),
+    rules=lambda config: (*text_part_rules("vision_tower", "multi_modal_projector"), *DECODER_RULES),
     hf_part_of=frozenset({"gemma3"}),
-    from_hf=_from_hf,
-    hf_stated=_hf_stated,
 )
 
 get_gemma3_model_hub: ModelHubAccessor[Gemma3, Gemma3Config] = ModelHubAccessor("gemma3", FAMILY.kls, Gemma3Config)

@@ -36,6 +36,19 @@ DECODER_RULES: Final[Sequence[Rule]] = (
 )
 
 
+def text_part_rules(*others: str) -> Sequence[Rule]:
+    """Return the rules for the names of the decoder in a multimodal model, in files and in transformers 5.
+
+    :param others: the names of the modules beside the decoder, which are not loaded.
+    """
+    return (
+        Rule("language_model.model.{rest*}", "model.{rest}"),
+        Rule("language_model.lm_head.weight", "lm_head.weight"),
+        Rule("model.language_model.{rest*}", "model.{rest}"),
+        *(Rule(f"{prefix}{name}.{{rest*}}", None) for prefix in ("", "model.") for name in others),
+    )
+
+
 def explain_head(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
     """Return advice for a checkpoint of a decoder with another head than that of a language model, or without a head.
 
