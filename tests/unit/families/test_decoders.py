@@ -349,7 +349,7 @@ def test_nonsense(family: Family[Any, Any], file: dict[str, Any], changes: dict[
     ("scaling", "message"),
     [
         ({"factor": None}, "rope_scaling.factor is expected to be a finite number that is not negative, but is None"),
-        ({"high_freq_factor": 1.0}, "0 < low < high"),
+        ({"high_freq_factor": 0.5}, "0 < low <= high"),
         ({"original_max_position_embeddings": "8k"}, "rope_scaling.original_max_position_embeddings is expected"),
     ],
 )

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lading.families.nn.cache import KeyValueCache
-from lading.families.nn.decoder_spec import DecoderSpec
-from lading.families.nn.norm import RMSNorm
-from lading.families.nn.rope import rotate
+from lading.families.nn.decoder_spec import AttentionTemperature, DecoderSpec
+from lading.families.nn.norm import RMSNorm, normalize
+from lading.families.nn.rope import rotate, rotate_adjacent
 from lading.families.nn.uninitialized import Linear
 
 
@@ -28,18 +28,20 @@ class AttentionMask:
 
 
 def causal_mask(
-    new: int, *, past: int, window: int | None, padding: Tensor | None, device: torch.device
+    new: int, *, past: int, window: int | None, padding: Tensor | None, device: torch.device, chunked: bool = False
 ) -> AttentionMask:
     """Return the mask of ``new`` tokens after ``past`` others, over the keys that :class:`KeyValueCache` returns.
 
     :param window: the number of tokens, itself included, that a token attends to.
     :param padding: (N, past + new); false for padding.
+    :param chunked: whether windows are chunks of ``window`` tokens, the first of which begins behind the padding on the
+        left.
     """
     total = past + new
     first = 0 if window is None else max(0, past - (window - 1))
 
     if padding is None:
-        if new == 1:
+        if new == 1 and (not chunked or window is None or total <= window):
             return AttentionMask()
         if past == 0 and (window is None or total <= window):
             return AttentionMask(is_causal=True)
@@ -48,7 +50,10 @@ def causal_mask(
     keys = torch.arange(first, total, device=device)[None, :]
 
     visible = keys <= queries
-    if window is not None:
+    if window is not None and chunked:
+        start = 0 if padding is None else (padding.cumsum(-1) == 0).sum(-1)[:, None, None]
+        visible = visible & ((keys - start) // window == (queries - start) // window)
+    elif window is not None:
         visible &= keys > queries - window
     if padding is None:
         return AttentionMask(visible=visible[None, None])
@@ -71,6 +76,13 @@ def bidirectional_mask(padding: Tensor | None) -> AttentionMask:
     visible = padding | ~padding.any(1, keepdim=True)
 
     return AttentionMask(visible=visible[:, None, None])
+
+
+def query_factors(temperature: AttentionTemperature, new: int, *, past: int, device: torch.device) -> Tensor:
+    """Return the factors of the queries of ``new`` tokens after ``past`` others: (new, 1), float32."""
+    counts = torch.arange(past + 1, past + new + 1, device=device) // temperature.step
+
+    return (temperature.scale * torch.log1p(counts.float()) + 1.0)[:, None]
 
 
 def attend(
@@ -151,6 +163,8 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.norm_whole = spec.norm_whole
         self.scale = spec.attn_scale
+        self.rotate = None if layer in spec.unrotated_layers else rotate_adjacent if spec.adjacent_rotary else rotate
+        self.rotated_eps = spec.norm_eps if spec.norm_rotated else None
 
         queries, keys = spec.num_attn_heads * self.head_dim, spec.num_key_value_heads * self.head_dim
         self.q_proj = Linear(spec.model_dim, queries, bias=spec.qkv_proj_bias)
@@ -162,18 +176,29 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = RMSNorm.of(spec, keys if spec.norm_whole else self.head_dim) if spec.k_norm else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+        cache: KeyValueCache | None = None,
+        factors: Tensor | None = None,
     ) -> Tensor:
         """Apply attention to (N, S, model_dim) → the same shape.
 
         :param rotary: cosines and sines, each (N or 1, 1, S, head_dim / 2).
+        :param factors: the factors of queries in layers without rotary embeddings, (S, 1); ``None`` means 1.
         """
         q = self._normalized_heads(self.q_proj(x), self.q_norm)
         k = self._normalized_heads(self.k_proj(x), self.k_norm)
         v = split_heads(self.v_proj(x), self.head_dim)
 
-        # With angles in float32, the rotation is in float32 as well.
-        q, k = rotate(q, *rotary).to(q.dtype), rotate(k, *rotary).to(k.dtype)
+        if self.rotate is not None:
+            # With angles in float32, the rotation is in float32 as well.
+            q, k = self.rotate(q, *rotary).to(q.dtype), self.rotate(k, *rotary).to(k.dtype)
+            if self.rotated_eps is not None:
+                q, k = normalize(q, self.rotated_eps).to(q.dtype), normalize(k, self.rotated_eps).to(k.dtype)
+        elif factors is not None:
+            q = (q * factors).to(q.dtype)
 
         if cache is not None:
             k, v = cache.append(self.layer, k, v, window=self.window)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from lading.families.nn.attention import AttentionMask, CausalSelfAttention, causal_mask
+from lading.families.nn.attention import AttentionMask, CausalSelfAttention, causal_mask, query_factors
 from lading.families.nn.cache import KeyValueCache
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.experts import MixtureOfExperts
@@ -43,10 +43,18 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = RMSNorm.of(spec, spec.model_dim)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+        cache: KeyValueCache | None = None,
+        factors: Tensor | None = None,
     ) -> Tensor:
-        """Apply the layer to (N, S, model_dim) → the same shape."""
-        y = self.self_attn(x if self.norms == "after" else self.input_layernorm(x), rotary, mask, cache)
+        """Apply the layer to (N, S, model_dim) → the same shape.
+
+        The other parameters are those of :class:`~lading.families.nn.attention.CausalSelfAttention`.
+        """
+        y = self.self_attn(x if self.norms == "after" else self.input_layernorm(x), rotary, mask, cache, factors)
         if self.norms != "before":
             y = self.post_attention_layernorm(y)
         x = x + dropout(y, self.dropout_p, self.training)
@@ -80,6 +88,8 @@ class Decoder(nn.Module):
             self.window_rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.window_rope_theta)
 
         self.windows = tuple(spec.window_of(layer) for layer in range(spec.num_layers))
+        self.chunked = spec.chunked_attn
+        self.temperature = spec.attn_temperature
 
     def forward(
         self,
@@ -115,12 +125,15 @@ class Decoder(nn.Module):
         padding = None if attention_mask is None else attention_mask.to(x.device, torch.bool)
         layers = [pair for pair in zip(self.layers, self.windows, strict=True) if pair[0] is not None]
         masks = {
-            window: causal_mask(new, past=past, window=window, padding=padding, device=x.device)
+            window: causal_mask(new, past=past, window=window, padding=padding, device=x.device, chunked=self.chunked)
             for window in {window for _, window in layers}
         }
+        factors = None
+        if self.temperature is not None:
+            factors = query_factors(self.temperature, new, past=past, device=x.device)
 
         for layer, window in layers:
-            x = layer(x, rotary if window is None else window_rotary, masks[window], cache)
+            x = layer(x, rotary if window is None else window_rotary, masks[window], cache, factors)
 
         y: Tensor = x if self.norm is None else self.norm(x)
 

@@ -23,6 +23,23 @@ Activation: TypeAlias = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionTemperature:
+    """The growth of attention scores with the position of the query, which keeps attention sharp over long contexts
+    (https://arxiv.org/abs/2501.19399): query ``i``, counted from 1, is multiplied by ``1 + scale * ln(1 + i // step)``.
+
+    :raises ValueError: ``scale`` is negative, or ``step`` is not positive.
+    """
+
+    scale: float
+    step: int
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 0:
+            raise ValueError(f"`scale` of the attention temperature must not be negative, but is {self.scale}")
+        require_positive(self, "step")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
     """The options of the shared decoder.
 
@@ -56,10 +73,21 @@ class DecoderSpec:
     """The number of layers, from the first, without a window."""
     full_attn_layers: frozenset[int] = frozenset()
     """The indices of other layers without a window."""
+    chunked_attn: bool = False
+    """True if windows are chunks: a token attends to the tokens of its chunk, up to itself."""
     window_rope_theta: float | None = None
     """The ``rope_theta`` of layers with a window, without scaling; ``None`` if it is that of all layers."""
     wide_rotary: bool = False
     """True if queries and keys are rotated in float32, whatever their dtype."""
+    adjacent_rotary: bool = False
+    """True if rotary embeddings turn neighboring channels of a head together, instead of its two halves."""
+    unrotated_layers: frozenset[int] = frozenset()
+    """The indices of layers without rotary embeddings."""
+    attn_temperature: AttentionTemperature | None = None
+    """The temperature of attention in layers without rotary embeddings."""
+    norm_rotated: bool = False
+    """True if queries and keys are normalized per head after the rotary embedding, without a weight, in layers with
+    rotary embeddings."""
     norms: Literal["before", "after", "both"] = "before"
     """The position of normalizations: before each block, after it (before the residual is added), or both."""
     wide_norm: bool = False
@@ -123,7 +151,12 @@ class DecoderSpec:
             return same
 
         return replace(
-            same, attn_window_len=None, num_full_attn_layers=0, full_attn_layers=frozenset(), window_rope_theta=None
+            same,
+            attn_window_len=None,
+            num_full_attn_layers=0,
+            full_attn_layers=frozenset(),
+            chunked_attn=False,
+            window_rope_theta=None,
         )
 
     def with_experts(self, experts: ExpertsSpec) -> Self:

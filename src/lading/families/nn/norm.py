@@ -10,6 +10,16 @@ from torch import Tensor, nn
 from lading.families.nn.decoder_spec import DecoderSpec
 
 
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """Divide (…, dim) by the root mean square over the last dim → the same shape in float32.
+
+    :param eps: the number that is added to the mean square.
+    """
+    wide = x.float()
+
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+
 class RMSNorm(nn.Module):
     """Root mean square layer normalization (https://arxiv.org/abs/1910.07467) with an uninitialized parameter.
 
@@ -35,8 +45,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (…, dim) → the same shape and dtype."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        wide = normalize(x, self.eps)
 
         weight = self.weight.float() if self.wide else self.weight
         if self.offset != 0.0:

@@ -68,3 +68,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
 
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_adjacent(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the heads ``x`` (N, H, S, head_dim), pairing each element of an even index with the next one."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)

@@ -19,7 +19,7 @@ class LLaMA3Scaling:
     Wavelengths shorter than this context divided by the second frequency factor stay, those longer than the context
     divided by the first are stretched, and those in between are interpolated.
 
-    :raises ValueError: the factors don't satisfy ``0 < factor`` and ``0 < first < second``.
+    :raises ValueError: the factors don't satisfy ``0 < factor`` and ``0 < first <= second``.
     """
 
     factor: float
@@ -30,9 +30,9 @@ class LLaMA3Scaling:
         if not self.factor > 0:
             raise ValueError(f"`factor` of the rotary scaling must be positive, but is {self.factor}")
         low, high = self.frequency_factors
-        if not 0 < low < high:
+        if not 0 < low <= high:
             raise ValueError(
-                f"the frequency factors of the rotary scaling must satisfy 0 < low < high, but are {low} and {high}"
+                f"the frequency factors of the rotary scaling must satisfy 0 < low <= high, but are {low} and {high}"
             )
         require_positive(self, "original_context_length")
 
@@ -47,6 +47,9 @@ class LLaMA3Scaling:
 
         wavelengths = 2 * math.pi / frequencies
         (low, high), context = self.frequency_factors, self.original_context_length
+        if low == high:
+            return torch.where(wavelengths > context / low, frequencies / self.factor, frequencies)
+
         weight = (context / wavelengths - low) / (high - low)
         blended = (1 - weight) * frequencies / self.factor + weight * frequencies
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lading.families.nn.attention import AttentionMask, CausalSelfAttention, attend, causal_mask
-from lading.families.nn.decoder_spec import DecoderSpec
+from lading.families.nn.attention import AttentionMask, CausalSelfAttention, attend, causal_mask, query_factors
+from lading.families.nn.decoder_spec import AttentionTemperature, DecoderSpec
 from lading.families.nn.uninitialized import Linear
 
 CPU = torch.device("cpu")
@@ -28,17 +28,23 @@ def full(mask: AttentionMask, n: int, new: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("new", [1, 2, 5])
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
 @pytest.mark.parametrize("padded", [False, True])
-def test_masks(past: int, new: int, window: int | None, padded: bool) -> None:
+@pytest.mark.parametrize("chunked", [False, True])
+def test_masks(past: int, new: int, window: int | None, padded: bool, chunked: bool) -> None:
     torch.manual_seed(past + new)
     total = past + new
     first = 0 if window is None else max(0, past - (window - 1))
     padding = torch.rand(2, total) < 0.6 if padded else None
 
-    found = full(causal_mask(new, past=past, window=window, padding=padding, device=CPU), 2, new, total - first)
+    mask = causal_mask(new, past=past, window=window, padding=padding, device=CPU, chunked=chunked)
+    found = full(mask, 2, new, total - first)
+    # Chunks start behind the padding on the left.
+    starts = [0, 0] if padding is None else [next((i for i, p in enumerate(row) if p), total) for row in padding]
 
     for n, i, j in product(range(2), range(new), range(total - first)):
         query, key = past + i, first + j
         expected = key <= query and (window is None or query - key < window)
+        if chunked and window is not None:
+            expected = key <= query and (key - starts[n]) // window == (query - starts[n]) // window
         if padding is not None:
             expected = (expected and bool(padding[n, key])) or query == key
         assert bool(found[n, i, j]) == expected
@@ -47,6 +53,19 @@ def test_masks(past: int, new: int, window: int | None, padded: bool) -> None:
 @pytest.mark.parametrize(("past", "new", "window"), [(0, 5, None), (0, 5, 5), (0, 1, None), (7, 1, None), (7, 1, 3)])
 def test_no_mask_is_made_unless_needed(past: int, new: int, window: int | None) -> None:
     assert causal_mask(new, past=past, window=window, padding=None, device=CPU).visible is None
+
+
+def test_no_mask_of_chunks_is_made_within_the_first() -> None:
+    for past, new in ((0, 5), (4, 1)):
+        assert causal_mask(new, past=past, window=5, padding=None, device=CPU, chunked=True).visible is None
+    assert causal_mask(1, past=5, window=5, padding=None, device=CPU, chunked=True).visible is not None
+
+
+def test_the_factors_of_queries_grow_by_steps() -> None:
+    found = query_factors(AttentionTemperature(scale=0.5, step=4), 5, past=2, device=CPU)
+
+    steps = torch.tensor([0, 1, 1, 1, 1])  # tokens 3 to 7, counted from 1
+    torch.testing.assert_close(found, 1 + 0.5 * torch.log(1.0 + steps)[:, None])
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -9,7 +9,7 @@ from torch import nn
 
 from lading.families.nn.cache import KeyValueCache
 from lading.families.nn.decoder_lm import DecoderLM, init_decoder
-from lading.families.nn.decoder_spec import DecoderSpec
+from lading.families.nn.decoder_spec import AttentionTemperature, DecoderSpec
 from lading.families.nn.rope_scaling import LinearScaling, LLaMA3Scaling, YaRNScaling
 
 SPEC = DecoderSpec(
@@ -46,6 +46,16 @@ VARIANTS = {
         attn_scale=0.2,
         ffn_activation="gelu_tanh",
         embed_scale=5.7,
+    ),
+    "chunks-and-layers-without-rotation": replace(
+        SPEC,
+        attn_window_len=4,
+        chunked_attn=True,
+        full_attn_layers=frozenset({1}),
+        unrotated_layers=frozenset({1}),
+        attn_temperature=AttentionTemperature(scale=0.5, step=3),
+        adjacent_rotary=True,
+        norm_rotated=True,
     ),
     "scaled-tied": replace(
         SPEC,
@@ -84,6 +94,10 @@ def ids(n: int, s: int, seed: int = 1) -> torch.Tensor:
         {"embed_scale": 2.0},
         {"full_attn_layers": frozenset({1})},
         {"window_rope_theta": 33.0},
+        {"chunked_attn": True},
+        {"adjacent_rotary": True},
+        {"unrotated_layers": frozenset({1})},
+        {"norm_rotated": True},
         {"rope_scaling": LinearScaling(factor=4.0)},
         {
             "rope_scaling": YaRNScaling(
@@ -98,6 +112,17 @@ def test_every_switch_changes_the_result(changes: dict[str, Any]) -> None:
     spec = replace(SPEC, q_norm=True, k_norm=True, attn_window_len=3)
 
     assert not torch.allclose(make(replace(spec, **changes))(ids(2, 9)), make(spec)(ids(2, 9)), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_temperature_of_attention_is_for_layers_without_rotation() -> None:
+    temperature = AttentionTemperature(scale=0.5, step=3)
+    spec, warm = (replace(SPEC, unrotated_layers=layers) for layers in (frozenset({1}), frozenset[int]()))
+
+    assert torch.equal(make(replace(warm, attn_temperature=temperature))(ids(2, 9)), make(warm)(ids(2, 9)))
+    found, expected = make(replace(spec, attn_temperature=temperature))(ids(2, 9)), make(spec)(ids(2, 9))
+    assert torch.equal(found[:, :2], expected[:, :2])
+    assert not torch.allclose(found[:, 2:], expected[:, 2:], rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

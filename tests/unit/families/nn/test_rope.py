@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lading.families.nn.rope import RotaryEmbedding, rotate
+from lading.families.nn.rope import RotaryEmbedding, rotate, rotate_adjacent
 from lading.families.nn.rope_scaling import LinearScaling, LLaMA3Scaling, YaRNScaling
 
 
@@ -34,6 +34,21 @@ def test_scaled_frequencies_of_llama_3_1() -> None:
     assert (scaled[between] < plain[between]).all()
     assert (scaled[between] > plain[between] / 8).all()
     assert (scaled.diff() < 0).all()
+
+
+def test_scaled_frequencies_of_llama_4_are_not_interpolated() -> None:
+    plain = RotaryEmbedding(128, theta=500_000.0).inv_freq
+    scaled = RotaryEmbedding(128, theta=500_000.0, scaling=scaling(frequency_factors=(1.0, 1.0))).inv_freq
+
+    assert torch.equal(scaled, torch.where(2 * math.pi / plain > 8192, plain / 8, plain))
+
+
+def test_neighbors_are_rotated_as_halves_are() -> None:
+    x, positions = torch.randn(2, 3, 5, 8), torch.arange(5)[None]
+    cos, sin = RotaryEmbedding(8, theta=100.0)(positions, torch.float32)
+    order = torch.arange(8).view(4, 2).T.flatten()  # even channels first
+
+    assert torch.equal(rotate_adjacent(x, cos, sin)[..., order], rotate(x[..., order], cos, sin))
 
 
 def yarn(**changes: float) -> YaRNScaling:
@@ -116,7 +131,7 @@ def test_a_linear_scaling_that_makes_no_sense() -> None:
     [
         ({"factor": 0.0}, "factor"),
         ({"factor": math.nan}, "factor"),
-        ({"frequency_factors": (4.0, 4.0)}, "frequency factors"),
+        ({"frequency_factors": (4.0, 3.0)}, "frequency factors"),
         ({"frequency_factors": (0.0, 4.0)}, "frequency factors"),
         ({"original_context_length": 0}, "original_context_length"),
     ],
