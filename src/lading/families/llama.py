@@ -100,8 +100,9 @@ class LLaMAConfig(DecoderConfig):
     shard_embed_dim: bool = True
     """Ignored: embeddings are split by symbols."""
 
-    def gated_inner_dim(self) -> int:
-        """Return the inner width of the feed-forward networks: multiplied, scaled, and rounded up, in this order.
+    def gated_inner_dim(self, divisor: float = 1.0) -> int:
+        """Return the inner width of the feed-forward networks: multiplied, scaled, divided, and rounded up, in this
+        order.
 
         :raises ValueError: ``ffn_inner_dim_multiple_of`` is not positive, or the width is too large.
         """
@@ -110,31 +111,44 @@ class LLaMAConfig(DecoderConfig):
 
         try:
             dim = int(int(self.ffn_inner_dim * self.ffn_inner_dim_multiplier) * self.ffn_inner_dim_scale)
+            dim = int(dim / divisor)
         except OverflowError as error:
             raise ValueError(f"`ffn_inner_dim` times its factors is too large: {error}") from None
 
         return -(-dim // self.ffn_inner_dim_multiple_of) * self.ffn_inner_dim_multiple_of
 
 
-def _spec(config: LLaMAConfig) -> DecoderSpec:
+def llama_spec(config: LLaMAConfig, **others: Any) -> DecoderSpec:
+    """Return the options of a model for a configuration, and ``others``.
+
+    :raises ValueError: the values of the configuration make no model.
+    """
     scaling = LLaMA3Scaling(**asdict(config.rope_scale)) if config.use_scaled_rope else None
 
-    return DecoderSpec.of(config, ffn_inner_dim=config.gated_inner_dim(), rope_scaling=scaling)
+    return DecoderSpec.of(config, ffn_inner_dim=config.gated_inner_dim(), rope_scaling=scaling, **others)
 
 
-def _read_rope(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
-    rope_theta, scaling = read_rope(keys, "llama3")
-    if scaling is None:
-        return {"rope_theta": rope_theta}
-    # Beside the scaling, it comes before the one in it.
-    first = keys if "original_max_position_embeddings" in keys else scaling
-    scale = LLaMARoPEScaleConfig(
-        factor=scaling.number("factor", None),
-        frequency_factors=(scaling.number("low_freq_factor", None), scaling.number("high_freq_factor", None)),
-        original_context_length=first.count("original_max_position_embeddings", earlier["max_seq_len"]),
-    )
+def llama_rope(theta: float) -> KeyGroup:
+    """Return the entry of rotary frequencies that may be scaled as in LLaMA 3.1.
 
-    return {"rope_theta": rope_theta, "use_scaled_rope": True, "rope_scale": scale}
+    :param theta: their base where a file states none.
+    """
+
+    def read(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+        rope_theta, scaling = read_rope(keys, "llama3", theta=theta)
+        if scaling is None:
+            return {"rope_theta": rope_theta}
+        # Beside the scaling, it comes before the one in it.
+        first = keys if "original_max_position_embeddings" in keys else scaling
+        scale = LLaMARoPEScaleConfig(
+            factor=scaling.number("factor", None),
+            frequency_factors=(scaling.number("low_freq_factor", None), scaling.number("high_freq_factor", None)),
+            original_context_length=first.count("original_max_position_embeddings", earlier["max_seq_len"]),
+        )
+
+        return {"rope_theta": rope_theta, "use_scaled_rope": True, "rope_scale": scale}
+
+    return KeyGroup((*ROPE_KEYS, "original_max_position_embeddings"), read, _rope_keys)
 
 
 def _rope_keys(config: LLaMAConfig) -> Mapping[str, object]:
@@ -155,7 +169,7 @@ CONFIG_JSON = ConfigTable(
     model_type="llama",
     architecture="LlamaForCausalLM",
     config_kls=LLaMAConfig,
-    spec=_spec,
+    spec=llama_spec,
     entries=(
         SILU,
         Field("model_dim", "hidden_size", ConfigReader.count, 4096),
@@ -173,7 +187,7 @@ CONFIG_JSON = ConfigTable(
         Field("ffn_inner_dim", "intermediate_size", ConfigReader.count, 11_008, write=LLaMAConfig.gated_inner_dim),
         Field("ffn_bias", "mlp_bias", ConfigReader.flag, False),
         Field("norm_eps", "rms_norm_eps", ConfigReader.number, 1e-6),
-        KeyGroup((*ROPE_KEYS, "original_max_position_embeddings"), _read_rope, _rope_keys),
+        llama_rope(10_000.0),
     ),
     fixed={"ffn_inner_dim_scale": 1.0, "ffn_inner_dim_multiple_of": 1},
     constants=NO_TOKENS,
@@ -183,7 +197,7 @@ CONFIG_JSON = ConfigTable(
 
 
 FAMILY: Family[LLaMA, LLaMAConfig] = decoder_family(
-    "lading.families.nn.decoder_models:LLaMA", _spec, CONFIG_JSON, rules=rules_of_adjacent_channels
+    "lading.families.nn.decoder_models:LLaMA", llama_spec, CONFIG_JSON, rules=rules_of_adjacent_channels
 )
 
 get_llama_model_hub: ModelHubAccessor[LLaMA, LLaMAConfig] = ModelHubAccessor("llama", FAMILY.kls, LLaMAConfig)

@@ -124,31 +124,51 @@ def rules_of_adjacent_channels(config: Any) -> Sequence[Rule]:
     """
     head_dim = config.head_dim or config.model_dim // config.num_attn_heads
 
+    return (*meta_rules(head_dim), *fairseq2_rules(head_dim))
+
+
+def meta_rules(head_dim: int | None = None, *, ffn: str = "mlp") -> Sequence[Rule]:
+    """Return the rules for Meta's names, ``layers.0.attention.wq.weight`` …
+
+    The parameters are those of :func:`fairseq2_rules`.
+    """
     return (
         Rule("rope.freqs", None, computed=True),
         Rule("tok_embeddings.weight", "model.embed_tokens.weight"),
         Rule("output.weight", "lm_head.weight"),
-        *_layer_rules("layers.{n}", _META, head_dim),
-        *fairseq2_rules(head_dim),
+        *layer_rules("layers.{n}", _with_ffn(_META, ffn), head_dim),
     )
 
 
-def fairseq2_rules(head_dim: int | None = None, *, norms_after: bool = False) -> Sequence[Rule]:
+def fairseq2_rules(head_dim: int | None = None, *, norms_after: bool = False, ffn: str = "mlp") -> Sequence[Rule]:
     """Return the rules for the names of fairseq2's decoders, ``decoder.layers.0.self_attn.q_proj.weight`` …
 
     :param head_dim: where rotary embeddings turn neighboring channels; ``None`` where they turn the halves of a head.
     :param norms_after: whether the layers normalize the outputs of their blocks.
+    :param ffn: the name of the feed-forward networks in lading.
     """
+    names = _FAIRSEQ2_AFTER if norms_after else _FAIRSEQ2
+
     return (
         Rule("decoder_frontend.embed.weight", "model.embed_tokens.weight"),
         Rule("decoder.layer_norm.weight", "model.norm.weight"),
         Rule("final_proj.weight", "lm_head.weight"),
-        *_layer_rules("decoder.layers.{n}", _FAIRSEQ2_AFTER if norms_after else _FAIRSEQ2, head_dim),
+        *layer_rules("decoder.layers.{n}", _with_ffn(names, ffn), head_dim),
         *DECODER_RULES,
     )
 
 
-def _layer_rules(layer: str, names: Mapping[str, str], head_dim: int | None) -> Iterator[Rule]:
+def _with_ffn(names: Mapping[str, str], ffn: str) -> Mapping[str, str]:
+    return {source: target.replace("mlp.", f"{ffn}.") for source, target in names.items()}
+
+
+def layer_rules(layer: str, names: Mapping[str, str], head_dim: int | None = None) -> Iterator[Rule]:
+    """Yield the rules for the modules of each layer.
+
+    :param layer: the name of a layer in the checkpoint, with ``{n}`` for its index.
+    :param names: the names of modules in the checkpoint → their names in lading.
+    :param head_dim: as :func:`fairseq2_rules` takes it.
+    """
     turned = None if head_dim is None else Regroup(0, head_dim // 2, 2)
     for source, target in names.items():
         order = turned if target in ("self_attn.q_proj", "self_attn.k_proj") else None
