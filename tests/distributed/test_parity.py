@@ -71,7 +71,24 @@ GEMMA = {
     "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+LLAMA4 = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "vocab_size": 101,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": 4,
+    "floor_scale": 3,
+}
 BERT = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 8, "vocab_size": 102}
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA, "mistral": MISTRAL, "olmo": OLMO, "gemma": GEMMA, "llama4": LLAMA4, "bert": BERT,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +102,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("mistral", transformers.MistralConfig, transformers.MistralForCausalLM),
         ("olmo", transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
         ("gemma", transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+        ("llama4", transformers.Llama4TextConfig, transformers.Llama4ForCausalLM),
         ("bert", transformers.BertConfig, transformers.BertModel),
     ):
-        sizes = {"llama": LLAMA, "mistral": MISTRAL, "olmo": OLMO, "gemma": GEMMA, "bert": BERT}[name]
+        sizes = SIZES[name]
         values = config(num_hidden_layers=2, max_position_embeddings=64, **sizes)
         made[name] = save_model(root / name, kls, values)
 
@@ -161,7 +179,7 @@ def case_id(value: Any) -> str:
     return value if isinstance(value, str) else "tp{}-sdp{}-rdp{}".format(*value)
 
 
-FAMILIES = ["llama", "qwen", "mistral", "olmo", "gemma", "bert"]
+FAMILIES = ["llama", "qwen", "mistral", "olmo", "gemma", "llama4", "bert"]
 
 
 def slow(*cases: tuple[str, Axes]) -> list[Any]:
@@ -175,7 +193,7 @@ def slow(*cases: tuple[str, Axes]) -> list[Any]:
         *((family, (2, 1, 1)) for family in FAMILIES),
         ("qwen", (1, 2, 1)),
         ("bert", (1, 2, 1)),
-        *slow(*((family, (1, 2, 1)) for family in ("llama", "mistral", "olmo", "gemma"))),
+        *slow(*((family, (1, 2, 1)) for family in ("llama", "mistral", "olmo", "gemma", "llama4"))),
     ],
     ids=case_id,
 )
@@ -192,7 +210,7 @@ def test_two_ranks(pool2: Pool, folders: dict[str, Path], family: str, axes: Axe
         ("mistral", (4, 1, 1)),  # two ranks to a key/value head
         ("qwen", (1, 2, 2)),
         ("bert", (2, 1, 2)),
-        *slow(("llama", (1, 4, 1)), *((family, (2, 2, 1)) for family in ("qwen", "olmo", "gemma", "bert"))),
+        *slow(("llama", (1, 4, 1)), *((family, (2, 2, 1)) for family in ("qwen", "olmo", "gemma", "llama4", "bert"))),
     ],
     ids=case_id,
 )
@@ -212,7 +230,7 @@ def pool8() -> Any:
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_ranks(pool8: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
-    if axes[0] == 8 and family in ("llama", "qwen", "gemma"):
+    if axes[0] == 8 and family in ("llama", "qwen", "gemma", "llama4"):
         outcomes = pool8.run(load_and_compare, folders[family], axes)
         assert all(isinstance(o.error, NotSupportedError) and "num_attn_heads" in str(o.error) for o in outcomes)
     else:
@@ -249,7 +267,9 @@ def test_ranks_that_ask_for_different_models(pool2: Pool, folders: dict[str, Pat
 
 
 @pytest.mark.parametrize(
-    ("family", "axes"), [("bert", (2, 2, 1)), *slow(("qwen", (2, 2, 1)), ("llama", (1, 4, 1)))], ids=case_id
+    ("family", "axes"),
+    [("bert", (2, 2, 1)), *slow(("qwen", (2, 2, 1)), ("llama4", (2, 2, 1)), ("llama", (1, 4, 1)))],
+    ids=case_id,
 )
 def test_a_new_model(pool4: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
     assert pool4.values(new_and_compare, folders[family], axes) == [[]] * 4

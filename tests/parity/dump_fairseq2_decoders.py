@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq2.models.llama import LLaMAConfig
+from fairseq2.models.llama import LLaMAConfig, LLaMARoPEScaleConfig
 from fairseq2.models.llama.factory import create_llama_model
+from fairseq2.models.llama4 import Llama4Config, create_llama4_model
+from fairseq2.models.llama4.config import Llama4ExpertsConfig
 from fairseq2.models.mistral import MistralConfig
 from fairseq2.models.mistral.factory import create_mistral_model
 from fairseq2.models.olmo import OLMOConfig
@@ -32,6 +34,13 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 OLMO: dict[str, Any] = {**SIZES, "pad_idx": 0, "eos_token_id": 1}
 LLAMA: dict[str, Any] = {**SIZES, "ffn_inner_dim_scale": 1.0, "ffn_inner_dim_multiplier": 1.0}
+# Its mask of chunks hides nothing: without chunks, or where no layer has them.
+LLAMA4: dict[str, Any] = {
+    **LLAMA,
+    "ffn_inner_dim_multiple_of": 4,
+    "attention_chunk_size": 0,
+    "experts": Llama4ExpertsConfig(num_experts=3),
+}
 YARN = {"scale_factor": 4.0, "original_max_seq_len": 8}
 
 CASES: dict[str, tuple[Any, Any]] = {
@@ -52,6 +61,32 @@ CASES: dict[str, tuple[Any, Any]] = {
     ),
     "qwen-2": (create_qwen_model, lambda: QwenConfig(**SIZES)),
     "qwen-3": (create_qwen_model, lambda: QwenConfig(**SIZES, qkv_proj_bias=False, q_norm=True, k_norm=True)),
+    "llama4": (create_llama4_model, lambda: Llama4Config(**LLAMA4, nope_layer_interval=2, use_qk_norm=True)),
+    "llama4-interleaved": (
+        create_llama4_model,
+        lambda: Llama4Config(
+            **{
+                **LLAMA4,
+                "ffn_inner_dim": 21,
+                "ffn_inner_dim_multiplier": 1.2,
+                "ffn_inner_dim_scale": 2 / 3,
+                "experts": Llama4ExpertsConfig(num_experts=4, top_k=2, interleave_moe_layer_step=2),
+            },
+            use_scaled_rope=True,
+            rope_scale=LLaMARoPEScaleConfig(factor=16.0, frequency_factors=(1.0, 1.0), original_context_length=16),
+        ),
+    ),
+    "llama4-one-kind-of-experts": (
+        create_llama4_model,
+        lambda: Llama4Config(
+            **{
+                **LLAMA4,
+                "attention_chunk_size": 3,
+                "experts": Llama4ExpertsConfig(num_experts=2, use_shared_expert=False, capacity_factor=1.5),
+            },
+            nope_layer_interval=1,
+        ),
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.parity_tools import family_of
 
-DECODERS = ["llama", "qwen2", "qwen3", "mistral", "olmo2"]
+DECODERS = ["llama", "llama4_text", "qwen2", "qwen3", "mistral", "olmo2"]
 BY_LAYER = ["olmo3", "gemma3_text"]
 
 SPARSE: list[dict[str, Any]] = [

@@ -34,6 +34,16 @@ DECODER = SIZES | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id
 WINDOWS = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}
 BASES: dict[str, dict[str, Any]] = {
     "llama": DECODER,
+    "llama4_text": DECODER
+    | {
+        "head_dim": 16,
+        "intermediate_size_mlp": 40,
+        "num_local_experts": 3,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 16,
+        "floor_scale": 16,
+    },
     "qwen2": DECODER | WINDOWS,
     "qwen3": DECODER | WINDOWS | {"head_dim": 16},
     "mistral": DECODER | {"sliding_window": 16, "head_dim": 16},
@@ -71,7 +81,7 @@ ROPES: list[dict[str, Any]] = [
     {"rope_type": "default", "partial_rotary_factor": 0.5},
     {"rope_type": "proportional", "partial_rotary_factor": 0.5},
 ]
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 OLD_KEYS = """
 original_max_position_embeddings partial_rotary_factor rope_theta rope_scaling rope_local_base_freq
@@ -82,7 +92,17 @@ torch_dtype attention_bias mlp_bias attn_logit_softcapping final_logit_softcappi
 """Keys that published files have, although no code of today's transformers may read them by name."""
 
 VALUES: dict[str, list[Any]] = {
-    "layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, FULL, SLIDING, SLIDING], [SLIDING, FULL] * 2, [FULL] * 3],
+    "no_rope_layers": [[1, 1, 0, 1], [0] * 4, [1] * 4, [1, 1, 1, 0, 1], []],
+    "moe_layers": [[], [3], [0, 2], [2, 3, 0, 1, 7], [1, 3, 3]],
+    "layer_types": [
+        [CHUNKED] * 4,
+        [CHUNKED, FULL] * 2,
+        [FULL] * 4,
+        [SLIDING] * 4,
+        [FULL, FULL, SLIDING, SLIDING],
+        [SLIDING, FULL] * 2,
+        [FULL] * 3,
+    ],
     "hidden_act": ["gelu", "relu", "swish", "silu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python"],
     "per_layer_config": [{"0": {"intermediate_size": 24}}, {"1": {"rms_norm_eps": 0.5}}, {"1": {"sliding_window": 4}}],
     "position_embedding_type": ["absolute", "relative_key"],

@@ -28,6 +28,16 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_jitter_noise": 0.0}
+LLAMA4 = {
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "intermediate_size_mlp": 80,
+    "num_local_experts": 4,
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": 5,
+    "floor_scale": 4,
+    "attn_scale": 0.5,
+}
 
 
 @dataclass(frozen=True)
@@ -105,13 +115,42 @@ CASES = [
         "qwen3_moe",
         {**EXPERTS, "num_experts": 8, "use_sliding_window": True, "sliding_window": 6, "decoder_sparse_step": 2},
     ),
+    Case("llama4", "llama4_text", LLAMA4),
+    Case(
+        "llama4-interleaved",
+        "llama4_text",
+        LLAMA4
+        | {
+            "num_hidden_layers": 5,
+            "interleave_moe_layer_step": 2,
+            "num_experts_per_tok": 2,
+            "no_rope_layers": [1, 0, 1, 0, 1],
+            "attention_chunk_size": 6,
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case(
+        "llama4-scaled-without-rotation-at-the-end",
+        "llama4_text",
+        LLAMA4
+        | {
+            "rope_scaling": LLAMA3 | {"high_freq_factor": 1.0, "factor": 16.0},
+            "no_rope_layers": [1, 1, 0],
+            "moe_layers": [2],
+            "attention_bias": True,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
     Case("mistral-window-as-long", "mistral", {"sliding_window": 17, "tie_word_embeddings": True}),
 ]
 
 QUICK = {
     "llama-mqa-tied", "llama-biases", "llama3-scaling", "qwen2", "qwen2-window", "qwen3-wide-heads-tied",
     "mistral-window", "mistral-window-1", "olmo2-gqa-tied", "olmo3", "olmo3-yarn-types-and-amplitude", "gemma3",
-    "gemma3-scaled", "mixtral-window", "qwen3-moe", "qwen3-moe-odd-width",
+    "gemma3-scaled", "mixtral-window", "qwen3-moe", "qwen3-moe-odd-width", "llama4",
+    "llama4-interleaved",
 }  # fmt: skip
 """Each family, and each kind of heads, of windows, of rotary scaling, of experts and of ties."""
 
@@ -242,7 +281,7 @@ def test_greedy_continuation_of_a_padded_batch(both: tuple[DecoderLM, nn.Module]
     assert torch.equal(ours.generate(ids, max_new_tokens=20, eos_id=ends, attention_mask=mask), ended)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "mixtral"])
+@pytest.mark.parametrize("model_type", ["llama", "llama4_text", "qwen2", "qwen3", "mistral", "mixtral"])
 @torch.no_grad()
 def test_half_precision(model_type: str) -> None:
     """In bfloat16 the order of casts shows: with the same order the difference is that of summation alone."""
@@ -257,7 +296,13 @@ def test_half_precision(model_type: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [CASES[1], CASES[4], CASES[12], CASES[16], *(case for case in CASES if case.id in ("mixtral", "qwen3-moe"))],
+    [
+        CASES[1],
+        CASES[4],
+        CASES[12],
+        CASES[16],
+        *(case for case in CASES if case.id in ("mixtral", "qwen3-moe", "llama4")),
+    ],
     ids=lambda case: case.id,
 )
 def test_gradients(case: Case) -> None:

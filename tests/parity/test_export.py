@@ -17,6 +17,7 @@ from lading import Family, NotSupportedError, convert_checkpoint, export_model, 
 from lading.families.bert import BertConfig
 from lading.families.gemma3 import Gemma3Config
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
+from lading.families.llama4 import Llama4Config, Llama4ExpertsConfig
 from lading.families.mistral import MistralConfig
 from lading.families.nllb import NllbConfig
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig
@@ -34,6 +35,10 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "ffn_inner_dim": 20,
 }  # fmt: skip
 LLAMA = LLaMAConfig(**SIZES, ffn_inner_dim_multiple_of=8)
+LLAMA4 = Llama4Config(
+    **SIZES, ffn_inner_dim_multiple_of=8, nope_layer_interval=3, attention_chunk_size=5, attn_temperature_floor=4,
+    use_qk_norm=True, experts=Llama4ExpertsConfig(num_experts=4, top_k=2),
+)  # fmt: skip
 QWEN = QwenConfig(**SIZES)
 QWEN3 = replace(QWEN, qkv_proj_bias=False, q_norm=True, k_norm=True)
 GEMMA = Gemma3Config(**SIZES, head_dim=6, sliding_window=5, attn_scale_dim=7)
@@ -61,6 +66,22 @@ CASES: dict[str, tuple[str, Any]] = {
             LLAMA, tied_embeddings=True, use_scaled_rope=True, rope_theta=5e5, head_dim=10, pad_idx=3,
             rope_scale=LLaMARoPEScaleConfig(factor=4.0, original_context_length=16), qkv_proj_bias=True,
             output_proj_bias=True, ffn_bias=True,
+        ),
+    ),
+    "llama4": ("llama4", LLAMA4),
+    "llama4-interleaved": (
+        "llama4",
+        replace(
+            LLAMA4, experts=Llama4ExpertsConfig(num_experts=3, interleave_moe_layer_step=2, inner_dim=12), head_dim=8,
+            use_scaled_rope=True, rope_scale=LLaMARoPEScaleConfig(factor=16.0, frequency_factors=(1.0, 1.0)),
+            nope_layer_interval=None, pad_idx=3, output_proj_bias=True, qkv_proj_bias=True,
+        ),
+    ),
+    "llama4-without-chunks-and-experts": (
+        "llama4",
+        replace(
+            LLAMA4, experts=Llama4ExpertsConfig(interleave_moe_layer_step=4), attention_chunk_size=0, use_qk_norm=False,
+            attn_temperature_tuning=False,
         ),
     ),
     "qwen2": ("qwen", QWEN),
@@ -182,6 +203,8 @@ def test_a_configuration_there_and_back(tmp_path: Path, name: str, config: Any) 
     ("name", "config", "field"),
     [
         ("llama", replace(LLAMA, qkv_proj_bias=True), "output_proj_bias"),
+        ("llama4", replace(LLAMA4, ffn_bias=True), "ffn_bias"),
+        ("llama4", replace(LLAMA4, experts=Llama4ExpertsConfig(use_shared_expert=False)), "experts"),
         ("qwen", replace(QWEN, q_norm=True), "q_norm"),
         ("qwen", replace(QWEN3, qkv_proj_bias=True), "qkv_proj_bias"),
         (

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lading.families.llama import LLaMAConfig, get_llama_model_hub
+from lading.families.llama4 import Llama4Config, get_llama4_model_hub
 from lading.families.mistral import MistralConfig, get_mistral_model_hub
 from lading.families.nllb import NllbConfig, get_nllb_model_hub
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig, get_olmo_model_hub
@@ -32,6 +33,7 @@ OMNILINGUAL: dict[str, dict[str, dict[str, Any]]] = json.loads(
 
 CONFIGS: dict[str, type] = {
     "llama": LLaMAConfig,
+    "llama4": Llama4Config,
     "mistral": MistralConfig,
     "nllb": NllbConfig,
     "olmo": OLMOConfig,
@@ -45,6 +47,7 @@ OPTIONAL: dict[str, type] = {"yarn_scale_config": YaRNScaleConfig}
 """Fields that hold no object by default, and the class of one."""
 HUBS: dict[str, Callable[[], ModelHub[Any, Any]]] = {
     "llama": get_llama_model_hub,
+    "llama4": get_llama4_model_hub,
     "mistral": get_mistral_model_hub,
     "nllb": get_nllb_model_hub,
     "olmo": get_olmo_model_hub,

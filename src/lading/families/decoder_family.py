@@ -148,12 +148,15 @@ def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
 
     ffn: dict[str, Split] = {}
     if any(spec.experts_of(i) is None for i in range(spec.num_layers)):
-        ffn |= _gated("mlp")
+        ffn |= _gated(spec.ffn_name)
         divisible["ffn_inner_dim"] = spec.ffn_inner_dim
     if spec.experts is not None:
-        ffn |= {"mlp.experts": Split.EXPERTS, f"mlp.{spec.experts.router_name}": Split.REPLICATED}
+        ffn |= {
+            f"{spec.ffn_name}.experts": Split.EXPERTS,
+            f"{spec.ffn_name}.{spec.experts.router_name}": Split.REPLICATED,
+        }
         if spec.experts.shared_inner_dim is not None:
-            ffn |= _gated(f"mlp.{spec.experts.shared_name}")
+            ffn |= _gated(f"{spec.ffn_name}.{spec.experts.shared_name}")
             divisible["shared_inner_dim"] = spec.experts.shared_inner_dim
 
     return ParallelPlan(

@@ -31,6 +31,7 @@ FAMILIES = (
     "bert",
     "gemma3",
     "llama",
+    "llama4",
     "mistral",
     "mixtral",
     "nllb",
@@ -93,6 +94,8 @@ PARAMETERS = {
     ("llama", "llama3_1_405b"): 405_853_388_800,
     ("llama", "llama3_2_1b"): 1_235_814_400,
     ("llama", "llama3_2_3b"): 3_212_749_824,
+    ("llama4", "llama4_scout_17b_16e"): 107_769_861_120,
+    ("llama4", "llama4_maverick_17b_128e"): 400_711_848_960,
     ("mistral", "7b"): 7_241_732_096,
     ("mistral", "7b_v0.2"): 7_241_732_096,
     ("mistral", "7b_v0.3"): 7_248_023_552,
@@ -247,8 +250,8 @@ def test_only_what_meta_publishes_is_gated(name: str) -> None:
     found = card(name)
     ref = checkpoint_ref(found)
 
-    if found.field("model_family").value == "llama" and not name.startswith("r1_"):
-        assert (ref.gated, ref.info_url) == (True, "https://ai.meta.com/llama")
+    if found.field("model_family").value in ("llama", "llama4") and not name.startswith("r1_"):
+        assert (ref.gated, str(ref.info_url).rstrip("/")) == (True, "https://ai.meta.com/llama")
     else:
         assert not ref.gated
 
@@ -270,6 +273,7 @@ def test_no_two_cards_share_a_checkpoint(family: str, key: str) -> None:
         ("llama3_2_1b_instruct", "llama3.2"),
         ("llama3_3_70b_instruct", "llama3.3"),
         ("r1_distilled_llama3_1_8b_instruct", "mit"),
+        ("llama4_scout_17b_16e_instruct", "llama4"),
         ("qwen25_0.5b", "apache-2.0"),
         ("qwen25_3b_instruct", "qwen-research"),
         ("qwen25_72b", "qwen"),

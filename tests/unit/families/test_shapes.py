@@ -13,6 +13,7 @@ from lading.errors import ModelConfigError
 from lading.families.bert import BertConfig
 from lading.families.gemma3 import Gemma3Config
 from lading.families.llama import LLaMAConfig
+from lading.families.llama4 import Llama4Config, Llama4ExpertsConfig
 from lading.families.mistral import MistralConfig
 from lading.families.mixtral import MixtralConfig
 from lading.families.nllb import NllbConfig
@@ -33,6 +34,7 @@ FAMILIES = [
     "bert",
     "gemma3",
     "llama",
+    "llama4",
     "mistral",
     "mixtral",
     "nllb",
@@ -84,6 +86,8 @@ ENCODER = Wav2Vec2EncoderConfig(
     ("family", "config"),
     [
         ("llama", LLaMAConfig(**SMALL, num_key_value_heads=2)),
+        ("llama4", Llama4Config(**SMALL, num_key_value_heads=2, nope_layer_interval=2, use_qk_norm=True)),
+        ("llama4", Llama4Config(**SMALL, num_key_value_heads=2, experts=Llama4ExpertsConfig(num_experts=3, top_k=2))),
         ("mistral", MistralConfig(**SMALL, num_key_value_heads=1)),
         ("qwen", QwenConfig(**SMALL, num_key_value_heads=2, head_dim=16)),
         ("qwen", QwenConfig(**SMALL, num_key_value_heads=4, qkv_proj_bias=False, q_norm=True, k_norm=True)),
@@ -94,7 +98,20 @@ ENCODER = Wav2Vec2EncoderConfig(
         ("qwen3_moe", Qwen3MoEConfig(**SMALL, num_experts=9, expert_inner_dim=20, dense_layers=[0])),
         ("qwen3_moe", Qwen3MoEConfig(**SMALL, num_experts=9, moe_layer_step=4)),
     ],
-    ids=["llama", "mistral", "qwen2.5", "qwen3", "qwen-k", "olmo", "gemma3", "mixtral", "qwen3-moe", "no-experts"],
+    ids=[
+        "llama",
+        "llama4",
+        "llama4-two-experts",
+        "mistral",
+        "qwen2.5",
+        "qwen3",
+        "qwen-k",
+        "olmo",
+        "gemma3",
+        "mixtral",
+        "qwen3-moe",
+        "no-experts",
+    ],
 )
 def test_those_of_decoders(family: str, config: Any, tied: bool) -> None:
     same(family, replace(config, tied_embeddings=tied))
@@ -149,6 +166,11 @@ def test_those_of_encoders(family: str, config: Any) -> None:
     ("family", "config"),
     [
         ("qwen", QwenConfig(num_attn_heads=3, num_key_value_heads=2)),
+        ("llama4", Llama4Config(nope_layer_interval=0)),
+        ("llama4", Llama4Config(attention_chunk_size=-1)),
+        ("llama4", Llama4Config(attn_temperature_floor=0)),
+        ("llama4", Llama4Config(experts=Llama4ExpertsConfig(interleave_moe_layer_step=0))),
+        ("llama4", Llama4Config(experts=Llama4ExpertsConfig(use_shared_expert=False, capacity_factor=0.0))),
         ("qwen3_moe", Qwen3MoEConfig(num_experts=7)),
         ("qwen3_moe", Qwen3MoEConfig(moe_layer_step=0)),
         ("mixtral", MixtralConfig(top_k=0)),

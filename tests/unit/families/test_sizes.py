@@ -20,6 +20,7 @@ FAMILIES = [
     "bert",
     "gemma3",
     "llama",
+    "llama4",
     "mistral",
     "mixtral",
     "nllb",
@@ -33,6 +34,7 @@ FAMILIES = [
 ]
 MODEL_TYPES = [
     "llama",
+    "llama4_text",
     "qwen2",
     "qwen3",
     "qwen3_moe",

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lading.catalog.store import get_asset_store
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
-from lading.families import bert, gemma3, llama, mistral, olmo, qwen
+from lading.families import bert, gemma3, llama, llama4, mistral, olmo, qwen
 from lading.formats.manifest import Manifest, Shard
 from lading.gangs import Gang, create_fake_gangs, simulate_gangs
 from lading.models.construct import assign, build_on_meta, create_model
@@ -43,6 +43,15 @@ CONFIGS: dict[str, tuple[Family[Any, Any], Any]] = {
             ffn_bias=True,
             ffn_inner_dim_scale=1.0,
             ffn_inner_dim_multiple_of=1,
+        ),
+    ),
+    "llama4": (
+        llama4.FAMILY,
+        llama4.Llama4Config(
+            **SMALL,
+            num_key_value_heads=2,
+            nope_layer_interval=2,
+            experts=llama4.Llama4ExpertsConfig(interleave_moe_layer_step=2),
         ),
     ),
     "qwen": (

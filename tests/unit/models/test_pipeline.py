@@ -15,7 +15,7 @@ from torch import nn
 
 from lading.catalog.store import get_asset_store
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
-from lading.families import bert, gemma3, llama, mistral, olmo, qwen
+from lading.families import bert, gemma3, llama, llama4, mistral, olmo, qwen
 from lading.families.nn.cache import KeyValueCache
 from lading.families.nn.decoder_lm import DecoderLM
 from lading.gangs import create_fake_gangs, simulate_gangs
@@ -32,6 +32,7 @@ from tests.helpers.make_checkpoint import make
 SMALL = {"model_dim": 32, "vocab_size": 40, "num_layers": 3, "num_attn_heads": 4, "ffn_inner_dim": 48}
 CONFIGS: dict[str, tuple[Family[Any, Any], Any]] = {
     "llama": (llama.FAMILY, llama.LLaMAConfig(**SMALL, num_key_value_heads=2)),
+    "llama4": (llama4.FAMILY, llama4.Llama4Config(**SMALL, num_key_value_heads=2, nope_layer_interval=2)),
     "qwen": (
         qwen.FAMILY,
         qwen.QwenConfig(**SMALL, num_key_value_heads=2, q_norm=True, k_norm=True, tied_embeddings=True),

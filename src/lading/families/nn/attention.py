@@ -79,7 +79,10 @@ def bidirectional_mask(padding: Tensor | None) -> AttentionMask:
 
 
 def query_factors(temperature: AttentionTemperature, new: int, *, past: int, device: torch.device) -> Tensor:
-    """Return the factors of the queries of ``new`` tokens after ``past`` others: (new, 1), float32."""
+    """Return the factors of the queries of ``new`` tokens after ``past`` others: (new, 1), float32.
+
+    Padding counts, as in transformers.
+    """
     counts = torch.arange(past + 1, past + new + 1, device=device) // temperature.step
 
     return (temperature.scale * torch.log1p(counts.float()) + 1.0)[:, None]

@@ -29,7 +29,8 @@ class DecoderLayer(nn.Module):
 
         self.self_attn = CausalSelfAttention(spec, layer)
         experts = spec.experts_of(layer)
-        self.mlp = GatedFeedForward(spec) if experts is None else MixtureOfExperts(experts, spec)
+        self.ffn_name = spec.ffn_name
+        self.add_module(spec.ffn_name, GatedFeedForward(spec) if experts is None else MixtureOfExperts(experts, spec))
 
         # In Hugging Face's names, `post_attention_layernorm` is the first norm after attention: it normalizes the
         # output of attention, or else the input of the feed-forward network.
@@ -59,10 +60,11 @@ class DecoderLayer(nn.Module):
             y = self.post_attention_layernorm(y)
         x = x + dropout(y, self.dropout_p, self.training)
 
+        ffn = getattr(self, self.ffn_name)
         if self.norms == "before":
-            y = self.mlp(self.post_attention_layernorm(x))
+            y = ffn(self.post_attention_layernorm(x))
         else:
-            y = self.mlp(x if self.norms == "after" else self.pre_feedforward_layernorm(x))
+            y = ffn(x if self.norms == "after" else self.pre_feedforward_layernorm(x))
             y = self.post_feedforward_layernorm(y)
 
         return x + dropout(y, self.dropout_p, self.training)

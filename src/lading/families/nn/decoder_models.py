@@ -13,6 +13,10 @@ class LLaMA(DecoderLM):
     """A LLaMA language model."""
 
 
+class Llama4(DecoderLM):
+    """A Llama 4 language model."""
+
+
 class Mistral(DecoderLM):
     """A Mistral language model."""
 

@@ -98,6 +98,8 @@ class DecoderSpec:
     """True if ``q_norm`` and ``k_norm`` normalize all heads together."""
     attn_scale: float | None = None
     """The factor of the attention scores; ``None`` means ``head_dim ** -0.5``."""
+    ffn_name: Literal["mlp", "feed_forward"] = "mlp"
+    """The name of the feed-forward network in a layer."""
     ffn_activation: Activation = "silu"
     experts: ExpertsSpec | None = None
     """The experts, in place of the feed-forward network of some or all layers."""
@@ -210,9 +212,9 @@ class DecoderSpec:
         if self.k_norm:
             found["self_attn.k_norm.weight"] = (keys if self.norm_whole else head,)
         if experts is None:
-            found |= under("mlp", gated_shapes(dim, self.ffn_inner_dim, bias=self.ffn_bias))
+            found |= under(self.ffn_name, gated_shapes(dim, self.ffn_inner_dim, bias=self.ffn_bias))
         else:
-            found |= under("mlp", experts.shapes(dim))
+            found |= under(self.ffn_name, experts.shapes(dim))
 
         norms = {
             "before": ("input", "post_attention"),

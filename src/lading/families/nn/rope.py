@@ -72,6 +72,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate_adjacent(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the heads ``x`` (N, H, S, head_dim), pairing each element of an even index with the next one."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x[..., ::2], x[..., 1::2]
 
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)

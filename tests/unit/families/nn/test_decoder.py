@@ -53,7 +53,6 @@ VARIANTS = {
         chunked_attn=True,
         full_attn_layers=frozenset({1}),
         unrotated_layers=frozenset({1}),
-        attn_temperature=AttentionTemperature(scale=0.5, step=3),
         adjacent_rotary=True,
         norm_rotated=True,
     ),
@@ -97,7 +96,6 @@ def ids(n: int, s: int, seed: int = 1) -> torch.Tensor:
         {"chunked_attn": True},
         {"adjacent_rotary": True},
         {"unrotated_layers": frozenset({1})},
-        {"norm_rotated": True},
         {"rope_scaling": LinearScaling(factor=4.0)},
         {
             "rope_scaling": YaRNScaling(
@@ -112,6 +110,16 @@ def test_every_switch_changes_the_result(changes: dict[str, Any]) -> None:
     spec = replace(SPEC, q_norm=True, k_norm=True, attn_window_len=3)
 
     assert not torch.allclose(make(replace(spec, **changes))(ids(2, 9)), make(spec)(ids(2, 9)), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_is_rotated_is_normalized_without_a_weight() -> None:
+    found, expected = (make(replace(SPEC, norm_rotated=on)) for on in (True, False))
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert not torch.allclose(found(ids(2, 9)), expected(ids(2, 9)), rtol=1e-3, atol=1e-3)
+
+    unrotated = replace(SPEC, unrotated_layers=frozenset(range(3)))
+    assert torch.equal(make(replace(unrotated, norm_rotated=True))(ids(2, 9)), make(unrotated)(ids(2, 9)))
 
 
 @torch.no_grad()
