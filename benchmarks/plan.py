@@ -56,7 +56,7 @@ def main() -> None:
         names=targets.names, dtypes=["BF16"] * count, shapes=targets.shapes, shard_ids=shard_ids, offsets=offsets,
     )  # fmt: skip
     checkpoint = Checkpoint(name="x", uri="file:///x", where="/x", manifest=manifest, files=None)
-    sizes = {"pp": 1, "rdp": 1, "sdp": options.sdp, "tp": options.tp}
+    sizes = {"pp": 1, "rdp": 1, "sdp": options.sdp, "ep": 1, "tp": options.tp}
 
     seconds = []
     for _ in range(options.rounds):

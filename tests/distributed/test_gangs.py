@@ -34,7 +34,7 @@ from tests.distributed.workers import Pool
 
 def layout(sizes: dict[str, int]) -> dict[str, Any]:
     gangs = gangs_of(**sizes)
-    named = {name: getattr(gangs, name) for name in ("root", "dp", "rdp", "sdp", "tp", "pp")}
+    named = {name: getattr(gangs, name) for name in ("root", "dp", "rdp", "sdp", "ep", "tp", "pp")}
     assert gangs.mesh is not None
     for name, gang in named.items():
         assert gang.ranks[gang.rank] == gangs.root.rank
@@ -43,7 +43,7 @@ def layout(sizes: dict[str, int]) -> dict[str, Any]:
         if gang.group is not None:
             assert torch.distributed.get_process_group_ranks(gang.group) == list(gang.ranks)
         assert gang.mesh is not None
-        axes = {"root": ("pp", "rdp", "sdp", "tp"), "dp": ("rdp", "sdp")}.get(name, (name,))
+        axes = {"root": ("pp", "rdp", "sdp", "ep", "tp"), "dp": ("rdp", "sdp")}.get(name, (name,))
         assert gang.mesh.mesh_dim_names == axes
         assert gang.mesh.mesh.flatten().tolist() == list(gang.ranks)
     return {name: gang.ranks for name, gang in named.items()}
@@ -57,12 +57,14 @@ def layout(sizes: dict[str, int]) -> dict[str, Any]:
         ({"tp": 2, "sdp": 2}, {"tp": (2, 3), "sdp": (1, 3), "rdp": (3,), "pp": (3,), "dp": (1, 3)}),
         ({"sdp": 2}, {"tp": (3,), "sdp": (2, 3), "rdp": (1, 3), "pp": (3,), "dp": (0, 1, 2, 3)}),
         ({"pp": 2, "sdp": 2}, {"tp": (3,), "sdp": (2, 3), "rdp": (3,), "pp": (1, 3), "dp": (2, 3)}),
+        ({"ep": 2}, {"tp": (3,), "sdp": (3,), "rdp": (1, 3), "pp": (3,), "dp": (1, 3), "ep": (2, 3)}),
+        ({"ep": 2, "tp": 2}, {"tp": (2, 3), "sdp": (3,), "rdp": (3,), "pp": (3,), "dp": (3,), "ep": (1, 3)}),
     ],
 )
 def test_the_last_rank_of_four_is_in_these_gangs(
     pool4: Pool, sizes: dict[str, int], expected: dict[str, tuple[int, ...]]
 ) -> None:
-    assert pool4.values(layout, sizes)[3] == {"root": (0, 1, 2, 3), **expected}
+    assert pool4.values(layout, sizes)[3] == {"root": (0, 1, 2, 3), "ep": (3,), **expected}
 
 
 def sizes_that_do_not_fit(each: dict[str, int]) -> None:

@@ -16,10 +16,11 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.families import bert, llama, mistral, qwen
+from lading.families import bert, llama, mistral, mixtral, qwen
 from lading.formats.manifest import BITS, Manifest
 from lading.formats.manifest import Shard as File
 from lading.gangs import simulate_gangs
+from lading.gangs.world import AXES
 from lading.models.construct import build_on_meta, split
 from lading.models.dtype import resolve_dtypes
 from lading.models.family import Family
@@ -40,6 +41,7 @@ CONFIGS: dict[str, tuple[Family[Any, Any], Any]] = {
     ),
     "llama": (llama.FAMILY, llama.LLaMAConfig(**SMALL, num_key_value_heads=1, qkv_proj_bias=True, ffn_bias=True)),
     "mistral": (mistral.FAMILY, mistral.MistralConfig(**SMALL, num_key_value_heads=4)),
+    "mixtral": (mixtral.FAMILY, mixtral.MixtralConfig(**SMALL, num_key_value_heads=2)),
     "bert": (bert.FAMILY, bert.BertConfig(**SMALL)),
 }
 DTYPES = ["BF16", "F32", "F16"]
@@ -99,6 +101,7 @@ def by_itself(
             pp=gangs.pp.rank,
             rdp=gangs.rdp.rank,
             sdp=gangs.sdp.rank,
+            ep=gangs.ep.rank,
             tp=gangs.tp.rank,
             bytes_read=planned.read_bytes,
             reads=planned.num_reads,
@@ -122,20 +125,23 @@ def test_every_rank_reads_what_the_forecast_states(name: str, data: st.DataObjec
     sizes = data.draw(
         st.sampled_from(
             [
-                (1, 1, 1, 1),
-                (1, 1, 1, 2),
-                (1, 1, 1, 4),
-                (1, 1, 3, 1),
-                (1, 1, 2, 2),
-                (1, 2, 2, 1),
-                (2, 1, 1, 1),
-                (2, 1, 1, 2),
-                (2, 2, 2, 1),
-                (1, 1, 4, 4),
+                (1, 1, 1, 1, 1),
+                (1, 1, 1, 1, 2),
+                (1, 1, 1, 1, 4),
+                (1, 1, 3, 1, 1),
+                (1, 1, 2, 1, 2),
+                (1, 2, 2, 1, 1),
+                (2, 1, 1, 1, 1),
+                (2, 1, 1, 1, 2),
+                (2, 2, 2, 1, 1),
+                (1, 1, 4, 1, 4),
+                (1, 1, 1, 4, 1),
+                (1, 1, 2, 2, 2),
+                (2, 1, 3, 2, 1),
             ]
         )
     )
-    named = dict(zip(("pp", "rdp", "sdp", "tp"), sizes, strict=True))
+    named = dict(zip(AXES, sizes, strict=True))
     dtype = data.draw(st.sampled_from([None, None, torch.float32, torch.bfloat16]))
     rank = data.draw(st.integers(0, int(np.prod(sizes)) - 1))
 
@@ -219,7 +225,7 @@ def test_a_usual_checkpoint_is_not_planned_rank_by_rank(monkeypatch: pytest.Monk
     )
     checkpoint = Checkpoint(name="x", uri="file:///x", where="/x", manifest=manifest, files=None)
 
-    found = forecast_of(checkpoint, family, config, {"pp": 1, "rdp": 250, "sdp": 1, "tp": 4}, None)
+    found = forecast_of(checkpoint, family, config, {"pp": 1, "rdp": 250, "sdp": 1, "ep": 1, "tp": 4}, None)
 
     assert len(found.ranks) == 1000
     assert {rank.bytes_read for rank in found.ranks[::4]} == {found.ranks[0].bytes_read}

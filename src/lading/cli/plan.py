@@ -24,6 +24,7 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
 @command("plan")
 @click.argument("target", metavar="NAME|PATH|URI", shell_complete=complete_target)
 @click.option("--tp", type=_AXIS, default=1, help="Ranks of tensor parallelism.")
+@click.option("--ep", type=_AXIS, default=1, help="Ranks of expert parallelism.")
 @click.option("--sdp", type=_AXIS, default=1, help="Ranks that parameters are fully sharded over.")
 @click.option("--pp", type=_AXIS, default=1, help="Ranks of pipeline parallelism.")
 @click.option("--rdp", type=_AXIS, default=1, help="Replicas of the model.")
@@ -76,7 +77,7 @@ def plan(
 
     rows = [
         (
-            r.rank, r.pp, r.rdp, r.sdp, r.tp, r.bytes_read, r.reads, r.files, r.memory_bytes, r.memory,
+            r.rank, r.pp, r.rdp, r.sdp, r.ep, r.tp, r.bytes_read, r.reads, r.files, r.memory_bytes, r.memory,
             None if device_memory is None else r.memory_bytes <= device_memory,
         )
         for r in found.ranks
@@ -91,7 +92,7 @@ def plan(
         click.get_current_context().exit(MISMATCH)
 
 
-_COLUMNS = ("rank", "pp", "rdp", "sdp", "tp", "bytes_read", "reads", "files", "memory_bytes", "memory", "fits")
+_COLUMNS = ("rank", "pp", "rdp", "sdp", "ep", "tp", "bytes_read", "reads", "files", "memory_bytes", "memory", "fits")
 
 
 def _memory(memory: dict[str, int]) -> str:

@@ -47,7 +47,7 @@ class Gang:
     :ivar ranks: the members, by their ranks in the root gang.
     :ivar hosts: a name for the host of each member, equal for members that share their files.
     :ivar mesh: the mesh of this axis, for ``parallelize_module`` and ``fully_shard``; that of ``dp`` has the two axes
-        ``rdp`` and ``sdp``, that of ``root`` all four. ``None`` without a process group.
+        ``rdp`` and ``sdp``, that of ``root`` all five. ``None`` without a process group.
     :ivar group: the process group; ``None`` in a gang of one.
     :ivar channel: the control messages between the ranks; ``None`` in a gang of one, or a simulated one.
     """

@@ -21,7 +21,7 @@ from lading.gangs.gang import Gang
 from lading.gangs.torch_private import default_store, init_fake_process_group
 from lading.system.filesystem import host_id
 
-AXES = ("pp", "rdp", "sdp", "tp")
+AXES = ("pp", "rdp", "sdp", "ep", "tp")
 """The axes of the mesh, from the one whose ranks are furthest apart to the one whose ranks are neighbors."""
 
 TIMEOUT = timedelta(minutes=15)
@@ -35,6 +35,7 @@ class Gangs:
     :ivar dp: data parallel, the product of ``rdp`` and ``sdp``.
     :ivar rdp: replicas of the same shards.
     :ivar sdp: fully sharded data parallel.
+    :ivar ep: expert parallel.
     :ivar tp: tensor parallel.
     :ivar pp: pipeline parallel.
     """
@@ -43,12 +44,13 @@ class Gangs:
     dp: Gang
     rdp: Gang
     sdp: Gang
+    ep: Gang
     tp: Gang
     pp: Gang
 
     @property
     def mesh(self) -> DeviceMesh | None:
-        """The mesh of the axes ``pp``, ``rdp``, ``sdp`` and ``tp``; ``None`` without a process group."""
+        """The mesh of the axes ``pp``, ``rdp``, ``sdp``, ``ep`` and ``tp``; ``None`` without a process group."""
         return self.root.mesh
 
     def close(self) -> None:
@@ -73,7 +75,7 @@ def create_fake_gangs(device: torch.device | str) -> Gangs:
     device = _check_device(device)
     one = Gang(rank=0, size=1, device=device)
 
-    return Gangs(root=one, dp=one, rdp=one, sdp=one, tp=one, pp=one)
+    return Gangs(root=one, dp=one, rdp=one, sdp=one, ep=one, tp=one, pp=one)
 
 
 def create_gangs(
@@ -82,13 +84,14 @@ def create_gangs(
     tp: int = 1,
     sdp: int = 1,
     pp: int = 1,
+    ep: int = 1,
     timeout: timedelta = TIMEOUT,
 ) -> Gangs:
     """Create the gangs of all ranks of the default process group, which torchrun's environment initializes if needed.
 
-    Every rank calls it with the same sizes. Ranks are laid out in the order pp, rdp, sdp, tp, so that the ranks of a tp
-    gang are neighbors. The rest of the world are replicas (``rdp``). A process that torchrun did not start is a world
-    of its own.
+    Every rank calls it with the same sizes. Ranks are laid out in the order pp, rdp, sdp, ep, tp, so that the ranks of
+    a tp gang are neighbors. The rest of the world are replicas (``rdp``). A process that torchrun did not start is a
+    world of its own.
 
     :param device: the CPU, or a CUDA device; by default the CUDA device of this rank on its host (``LOCAL_RANK``) if
         there is one, else the CPU.
@@ -97,7 +100,7 @@ def create_gangs(
     :raises ValueError: a size is not valid or does not divide the world; the ranks have different devices.
     :raises GangError: a rank did not arrive, or has other sizes; the environment is incomplete.
     """
-    sizes = {"tp": tp, "sdp": sdp, "pp": pp}
+    sizes = {"tp": tp, "ep": ep, "sdp": sdp, "pp": pp}
     if timeout <= timedelta(0):
         raise ValueError(f"`timeout` must be positive, but is {timeout}")
 
@@ -108,14 +111,14 @@ def create_gangs(
 
     rank, size = dist.get_rank(), dist.get_world_size()
     if size == 1:
-        shape = (pp, _replica_count(1, sizes), sdp, tp)
+        shape = (pp, _replica_count(1, sizes), sdp, ep, tp)
         return _build_gangs(_mesh(device, shape), 0, shape, device, (_host_name(),))
 
     channel = ControlChannel(default_store(), rank, size, timeout.total_seconds())
     try:
         everyone = Gang(rank=rank, size=size, device=device, ranks=tuple(range(size)), channel=channel)
         try:
-            shape = (pp, _replica_count(size, sizes), sdp, tp)
+            shape = (pp, _replica_count(size, sizes), sdp, ep, tp)
         except ValueError as ex:
             everyone.agree(ex)
             raise
@@ -144,9 +147,16 @@ def create_gangs(
 
 
 def simulate_gangs(
-    rank: int, *, tp: int = 1, sdp: int = 1, pp: int = 1, rdp: int = 1, device: torch.device | str = "cpu"
+    rank: int,
+    *,
+    tp: int = 1,
+    sdp: int = 1,
+    pp: int = 1,
+    rdp: int = 1,
+    ep: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Gangs:
-    """Create the gangs of one rank in a simulated world of ``pp × rdp × sdp × tp`` processes, without the others.
+    """Create the gangs of one rank in a simulated world of ``pp × rdp × sdp × ep × tp`` processes, without the others.
 
     Meshes, placements and shards are those of the rank, so that its share can be inspected. Collectives send nothing
     and leave their outputs as they are; ``first`` and ``agree`` involve this process alone. The gangs that this process
@@ -156,13 +166,13 @@ def simulate_gangs(
     :raises GangError: this process has a real process group.
     """
     device = _check_device(device)
-    shape = (pp, rdp, sdp, tp)
+    shape = (pp, rdp, sdp, ep, tp)
     _check_sizes(dict(zip(AXES, shape, strict=True)))
     size = prod(shape)
     if not 0 <= rank < size:
+        text = " × ".join(f"{axis} {count}" for axis, count in zip(AXES, shape, strict=True))
         raise ValueError(
-            f"`rank` must be at least 0 and less than the size of the world, {size} (pp {pp} × rdp {rdp} × sdp {sdp} × "
-            f"tp {tp}), but is {rank}"
+            f"`rank` must be at least 0 and less than the size of the world, {size} ({text}), but is {rank}"
         )
     if dist.is_initialized():
         if dist.get_backend() != "fake":
@@ -185,15 +195,15 @@ def _mesh(device: torch.device, shape: tuple[int, ...]) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=AXES)
 
 
-def _dp_group(rank: int, shape: tuple[int, int, int, int]) -> ProcessGroup | None:
+def _dp_group(rank: int, shape: tuple[int, int, int, int, int]) -> ProcessGroup | None:
     """Create the group of ``rdp`` and ``sdp`` together; ``None`` if an existing group has the same ranks."""
-    pp, rdp, sdp, tp = shape
-    if rdp == 1 or sdp == 1 or pp * tp == 1:
+    pp, rdp, sdp, ep, tp = shape
+    if rdp == 1 or sdp == 1 or pp * ep * tp == 1:
         return None
 
-    grid = torch.arange(prod(shape)).view(pp, rdp * sdp, tp)
+    grid = torch.arange(prod(shape)).view(pp, rdp * sdp, ep * tp)
     # Every rank creates every group, in the same order, because torch counts them.
-    groups = [(ranks, dist.new_group(ranks)) for p in range(pp) for t in range(tp) if (ranks := grid[p, :, t].tolist())]
+    groups = [(ranks, dist.new_group(ranks)) for stage in grid for ranks in stage.T.tolist()]
 
     mine: ProcessGroup = next(group for ranks, group in groups if rank in ranks)
 
@@ -203,14 +213,14 @@ def _dp_group(rank: int, shape: tuple[int, int, int, int]) -> ProcessGroup | Non
 def _build_gangs(
     mesh: DeviceMesh,
     rank: int,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int, int, int],
     device: torch.device,
     hosts: tuple[str, ...],
     channel: ControlChannel | None = None,
     dp_group: ProcessGroup | None = None,
 ) -> Gangs:
     grid, world = torch.arange(prod(shape)).view(shape), dist.group.WORLD
-    p, r, s, t = (int(i) for i in (grid == rank).nonzero()[0])
+    p, r, s, e, t = (int(i) for i in (grid == rank).nonzero()[0])
 
     def gang(ranks: torch.Tensor, mesh: DeviceMesh, group: ProcessGroup | None) -> Gang:
         members = tuple(ranks.flatten().tolist())
@@ -226,9 +236,9 @@ def _build_gangs(
             channel=None if alone else channel,
         )
 
-    rdp = gang(grid[p, :, s, t], mesh["rdp"], mesh["rdp"].get_group())
-    sdp = gang(grid[p, r, :, t], mesh["sdp"], mesh["sdp"].get_group())
-    dp_ranks = grid[p, :, :, t]
+    rdp = gang(grid[p, :, s, e, t], mesh["rdp"], mesh["rdp"].get_group())
+    sdp = gang(grid[p, r, :, e, t], mesh["sdp"], mesh["sdp"].get_group())
+    dp_ranks = grid[p, :, :, e, t]
     if dp_group is None:
         dp_group = world if dp_ranks.numel() == grid.numel() else sdp.group or rdp.group
 
@@ -237,8 +247,9 @@ def _build_gangs(
         dp=gang(dp_ranks, mesh["rdp", "sdp"], dp_group),
         rdp=rdp,
         sdp=sdp,
-        tp=gang(grid[p, r, s, :], mesh["tp"], mesh["tp"].get_group()),
-        pp=gang(grid[:, r, s, t], mesh["pp"], mesh["pp"].get_group()),
+        ep=gang(grid[p, r, s, :, t], mesh["ep"], mesh["ep"].get_group()),
+        tp=gang(grid[p, r, s, e, :], mesh["tp"], mesh["tp"].get_group()),
+        pp=gang(grid[:, r, s, e, t], mesh["pp"], mesh["pp"].get_group()),
     )
 
 

@@ -35,8 +35,9 @@ class Split(Enum):
     HEADS = "heads"
     """A normalization of (N, S, heads, head_dim) with the same parameters on all ranks, applied to different heads."""
     EXPERTS = "experts"
-    """Feed-forward networks with stacked weights, split along the first dim, also by expert parallelism: each rank
-    applies its own networks to the tokens that are routed to them, and all ranks get the sum."""
+    """Feed-forward networks with stacked weights, split along the first dim, also by expert parallelism. Such a module
+    maps tokens, the indices of the networks of each, and their weights to weighted sums; with indices that it lacks, it
+    skips them. All ranks pass the same, each applies its own networks, and all get the sum."""
     REPLICATED = "replicated"
     """A module that all ranks hold and compute alike, with parameters on the same mesh as those that are split."""
 
@@ -105,18 +106,27 @@ class ParallelPlan:
     stages: Stages | None = None
     """The stages of pipeline parallelism; ``None`` if the family does not support it."""
 
-    def check(self, tp: int) -> None:
-        """Require that ``tp`` ranks split each module of this configuration evenly.
+    @property
+    def has_experts(self) -> bool:
+        """True if expert parallelism splits a module."""
+        return self.tensor is not None and Split.EXPERTS in self.tensor.values()
+
+    def check(self, tp: int, ep: int = 1) -> None:
+        """Require that ``tp`` ranks, and ``ep × tp`` ranks of experts, split each module of this configuration evenly.
 
         :raises NotSupportedError: they do not.
         """
-        if self.tensor is None or tp == 1:
+        if self.tensor is None:
+            return
+        if self.has_experts and self.num_experts % (ep * tp):
+            raise NotSupportedError(
+                f"The ranks along `ep` and `tp` split whole experts, but `num_experts` is {self.num_experts}, which "
+                f"{ep * tp} (ep {ep} × tp {tp}) does not divide. Use an `ep` and a `tp` whose product divides it."
+            )
+        if tp == 1:
             return
 
-        sizes = {**self.divisible}
-        if Split.EXPERTS in self.tensor.values():
-            sizes["num_experts"] = self.num_experts
-        uneven = [f"`{name}` is {size}" for name, size in sizes.items() if size % tp]
+        uneven = [f"`{name}` is {size}" for name, size in self.divisible.items() if size % tp]
         heads = self.num_key_value_heads
         if Split.KEY_VALUE in self.tensor.values() and heads % tp and tp % heads:
             uneven.append(f"`num_key_value_heads` is {heads}, which does not divide {tp} either")

@@ -1,8 +1,9 @@
 """The application of a parallel plan: a module on the meta device becomes the part that this rank owns.
 
-Tensor parallelism uses torch's :func:`~torch.distributed.tensor.parallel.parallelize_module` with the styles in
-:mod:`lading.models.tensor_parallel`, fully sharded data parallelism :func:`~torch.distributed.fsdp.fully_shard`, and a
-pipeline stage fits :class:`~torch.distributed.pipelining.PipelineStage`. Replicas are plain copies.
+Tensor and expert parallelism use the styles in :mod:`lading.models.tensor_parallel`, which torch's
+:func:`~torch.distributed.tensor.parallel.parallelize_module` applies, fully sharded data parallelism
+:func:`~torch.distributed.fsdp.fully_shard`, and a pipeline stage fits
+:class:`~torch.distributed.pipelining.PipelineStage`. Replicas are plain copies.
 """
 
 from __future__ import annotations
@@ -56,12 +57,13 @@ def parallelize(
     :param other_dtype_names: the names of tensors with another dtype than the model. Modules of such parameters are
         gathered separately, because FSDP gathers only parameters of one dtype together.
 
-    :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.pp`` has more ranks
-        than the model has layers.
+    :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.ep`` the experts, or
+        ``gangs.pp`` has more ranks than the model has layers.
     """
     plan = family.parallel_plan(config)
     for axis, size, served in (
         ("tp", gangs.tp.size, plan.tensor is not None),
+        ("ep", gangs.ep.size, plan.has_experts),
         ("sdp", gangs.sdp.size, plan.units is not None),
         ("pp", gangs.pp.size, plan.stages is not None),
     ):
@@ -71,9 +73,9 @@ def parallelize(
     if gangs.pp.size > 1 and plan.stages is not None:
         cut_to_stage(module, plan.stages, gangs.pp, family=family.name)
 
-    if gangs.tp.size > 1 and plan.tensor is not None:
-        plan.check(gangs.tp.size)
-        _split(module, plan, mesh_of(gangs.tp))
+    plan.check(gangs.tp.size, gangs.ep.size)
+    if gangs.tp.size > 1 or (gangs.ep.size > 1 and plan.has_experts):
+        _split(module, plan, gangs)
 
     if gangs.sdp.size > 1 and plan.units is not None:
         mesh = mesh_of(gangs.sdp if gangs.rdp.size == 1 else gangs.dp)
@@ -83,36 +85,54 @@ def parallelize(
         units = {name: unit for name, unit in units.items() if not is_tied_outside(name, ties)}
         units |= {name: module.get_submodule(name) for name in modules_of_other_dtype(module, other_dtype_names)}
         # Units of both kinds may be nested: FSDP needs the inner ones first.
+        stacked = {id(p) for name, p in module.named_parameters() if plan.split_of(_owner(name)) is Split.EXPERTS}
+
+        def placement(parameter: Parameter) -> Shard | None:
+            return Shard(_dim_of_experts(parameter.shape, gangs.sdp.size)) if id(parameter) in stacked else None
+
         for name in sorted(units, key=lambda name: name.count("."), reverse=True):
-            fully_shard(units[name], mesh=mesh)
-        fully_shard(module, mesh=mesh)
+            fully_shard(units[name], mesh=mesh, shard_placement_fn=placement)
+        fully_shard(module, mesh=mesh, shard_placement_fn=placement)
 
 
 def placements(
-    plan: ParallelPlan, names: Sequence[str], parameters: Container[str], *, sdp: int, tp: int
-) -> list[tuple[Placement, Placement]]:
-    """Predict how :func:`parallelize` places tensors on the axes ``sdp`` and ``tp``.
+    plan: ParallelPlan,
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    parameters: Container[str],
+    *,
+    sdp: int,
+    ep: int,
+    tp: int,
+) -> list[tuple[Placement, Placement, Placement]]:
+    """Predict how :func:`parallelize` places tensors on the axes ``sdp``, ``ep`` and ``tp``.
 
     For very many parameters, torch takes minutes to place them. On all other axes tensors are replicated.
 
     :param names: the names of the tensors in the state dict; for a tied one, the first.
+    :param shapes: the shapes of the tensors.
     :param parameters: the names among these that are parameters, not buffers.
 
-    :raises NotSupportedError: ``tp`` does not divide a size of the configuration.
+    :raises NotSupportedError: ``tp``, or ``ep × tp``, does not divide a size of the configuration.
     """
-    plan.check(tp)
+    plan.check(tp, ep)
     sharded = sdp > 1 and plan.units is not None
-    found: list[tuple[Placement, Placement]] = []
-    for name in names:
-        of_tp = of_sdp = _REPLICATED
+    found: list[tuple[Placement, Placement, Placement]] = []
+    for name, shape in zip(names, shapes, strict=True):
+        of_tp = of_ep = of_sdp = _REPLICATED
         if name in parameters:
             module, _, leaf = name.rpartition(".")
-            split = plan.split_of(module) if tp > 1 else None
-            of_tp = _REPLICATED if split is None else _placement(split, leaf, plan, tp)
+            split = plan.split_of(module)
+            if split is Split.EXPERTS and ep > 1:
+                of_ep = Shard(0)
+            if split is not None and tp > 1:
+                of_tp = _placement(split, leaf, plan, tp)
             if sharded:
-                # FSDP splits the part that tensor parallelism leaves, although its axis comes first.
-                of_sdp = _StridedShard(0, split_factor=tp) if of_tp == Shard(0) else Shard(0)
-        found.append((of_sdp, of_tp))
+                dim = _dim_of_experts(shape, sdp) if split is Split.EXPERTS else 0
+                # FSDP splits the part that the other axes leave, although its own comes first.
+                factor = (ep if of_ep == Shard(dim) else 1) * (tp if of_tp == Shard(dim) else 1)
+                of_sdp = _StridedShard(dim, split_factor=factor) if factor > 1 else Shard(dim)
+        found.append((of_sdp, of_ep, of_tp))
 
     return found
 
@@ -135,19 +155,48 @@ def _log_ignored(family: str, axis: str) -> None:
     )
 
 
-def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
+def _split(module: Module, plan: ParallelPlan, gangs: Gangs) -> None:
     ties = tied_names(module)
+    tp = gangs.tp.size
     styles: dict[Split, SplitStyle] = {}
+    experts: SplitExperts | None = None
     for name, part in module.named_modules():
         split = plan.split_of(name)
-        if split is not None:
+        if split is Split.EXPERTS:
+            experts = experts or SplitExperts(plan.num_experts, _mesh_of_experts(gangs))
+            experts.apply(part)
+        elif split is not None and tp > 1:
             if split not in styles:
-                styles[split] = _style(split, plan, mesh.size())
-            parallelize_module(part, mesh, styles[split])  # one by one: torch would match each name with all modules
+                styles[split] = _style(split, plan, tp)
+            # One by one: torch would match each name with all modules.
+            parallelize_module(part, mesh_of(gangs.tp), styles[split])
 
     for first, *others in ties:
         for name in others:
             _set_parameter(module, name, module.get_parameter(first))
+
+
+def _mesh_of_experts(gangs: Gangs) -> DeviceMesh:
+    """Return the mesh of the ranks that together hold all experts."""
+    if gangs.tp.size == 1:
+        return mesh_of(gangs.ep)
+    if gangs.ep.size == 1:
+        return mesh_of(gangs.tp)
+
+    return mesh_of(gangs.root)["ep", "tp"]
+
+
+def _dim_of_experts(shape: Sequence[int], sdp: int) -> int:
+    """Return the dim along which FSDP shards stacked experts.
+
+    It is the second, because a rank can have fewer experts than its gang has ranks; FSDP requires that it is even.
+    """
+    return 1 if shape[1] % sdp == 0 else 0
+
+
+def _owner(parameter: str) -> str:
+    """Return the name of the module with a parameter."""
+    return parameter.rpartition(".")[0]
 
 
 def _modules(module: Module, pattern: str) -> Mapping[str, Module]:
@@ -164,8 +213,6 @@ def _style(split: Split, plan: ParallelPlan, tp: int) -> SplitStyle:
     def placement(leaf: str) -> Placement:
         return _placement(split, leaf, plan, tp)
 
-    if split is Split.EXPERTS:
-        return SplitExperts(plan.num_experts)
     if split is Split.KEY_VALUE and tp > plan.num_key_value_heads:
         return SharedHeads(placement, plan.num_key_value_heads)
 

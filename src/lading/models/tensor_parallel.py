@@ -40,14 +40,11 @@ class SplitStyle(ParallelStyle):
         self._as_view = as_view
         self._parts = DTensorFactory()
 
-    def _place(self, module: Module, device_mesh: DeviceMesh) -> None:
+    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
         for owner in module.modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
-                placements = (self._placement(leaf),) * device_mesh.ndim
+                placements = (self._placement(leaf),)
                 owner.register_parameter(leaf, self._parts.on_meta(parameter, device_mesh, placements))
-
-    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
-        self._place(module, device_mesh)
 
         def before(module: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(self._distribute_input(x, device_mesh) for x in inputs)
@@ -69,12 +66,11 @@ class SplitStyle(ParallelStyle):
         if not isinstance(x, Tensor) or isinstance(x, DTensor):
             return x
 
-        return DTensor.from_local(x, mesh, (self._enter,) * mesh.ndim, run_check=False)
+        return DTensor.from_local(x, mesh, (self._enter,), run_check=False)
 
     def _localize_output(self, output: DTensor, mesh: DeviceMesh) -> Tensor:
-        leave = (self._leave,) * mesh.ndim
-        if output.placements != leave:
-            output = output.redistribute(placements=leave)
+        if output.placements != (self._leave,):
+            output = output.redistribute(placements=(self._leave,))
         local: Tensor = output.to_local() if self._as_view else _Local.apply(output)  # type: ignore[no-untyped-call]
 
         return local
@@ -97,45 +93,50 @@ class SharedHeads(SplitStyle):
         return features.tensor_split(self._heads, -1)[mesh.get_local_rank() * self._heads // mesh.size()]
 
 
-class SplitExperts(SplitStyle):
+class SplitExperts:
     """The style of experts, of which each rank holds some: it gets all tokens and choices, and the ranks sum outputs.
 
-    The mesh can have several dims, the first of which splits the experts first.
-
     :param num_experts: the number of experts on all ranks.
+    :param mesh: the mesh of these ranks; of several dims, the first splits the experts first.
     """
 
-    def __init__(self, num_experts: int) -> None:
-        super().__init__(lambda leaf: Shard(0), Replicate(), Replicate(), as_view=True)
-        self._num_experts = num_experts
-
-    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
-        self._place(module, device_mesh)
-
+    def __init__(self, num_experts: int, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self._parts = DTensorFactory()
         place = 0
-        for size, coordinate in zip(device_mesh.shape, device_mesh.get_coordinate() or (), strict=True):
+        for size, coordinate in zip(mesh.shape, mesh.get_coordinate() or (), strict=True):
             place = place * size + coordinate
-        first = place * (self._num_experts // device_mesh.size())
+        self._first = place * (num_experts // mesh.size())
+        self._whole = (Replicate(),) * mesh.ndim
+        self._terms = (Partial(),) * mesh.ndim
 
-        def before(module: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, chosen, weights = inputs
-            # Each rank has the gradients of its experts alone; those of tokens and weights are the sums over all ranks.
-            x, weights = (
-                self._distribute_input(each, device_mesh).to_local(grad_placements=(Partial(),) * device_mesh.ndim)
-                for each in (x, weights)
-            )
+    def apply(self, experts: Module) -> None:
+        """Split the parameters of ``experts``, and redistribute the inputs and outputs.
 
-            return x, chosen - first, weights
+        :param experts: a module that maps tokens, the indices of the experts of each, and their weights to the sum of
+            the outputs of those experts that it holds, whose indices count from 0.
+        """
+        placements = (Shard(0),) * self._mesh.ndim
+        for leaf, parameter in list(experts.named_parameters(recurse=False)):
+            experts.register_parameter(leaf, self._parts.on_meta(parameter, self._mesh, placements))
+        experts.register_forward_pre_hook(self._before)
+        experts.register_forward_hook(self._after)
 
-        def after(module: Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            part = DTensor.from_local(output, device_mesh, (Partial(),) * device_mesh.ndim, run_check=False)
+    def _before(self, module: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, chosen, weights = inputs
 
-            return self._localize_output(part, device_mesh)
+        return self._enter(x), chosen - self._first, self._enter(weights)
 
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+    def _enter(self, x: Tensor) -> Tensor:
+        # Each rank has the gradient by its own experts; the gradient is the sum over all ranks.
+        shared = DTensor.from_local(x, self._mesh, self._whole, run_check=False)
 
-        return module
+        return shared.to_local(grad_placements=self._terms)
+
+    def _after(self, module: Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        term = DTensor.from_local(output, self._mesh, self._terms, run_check=False)
+
+        return term.redistribute(placements=self._whole).to_local()
 
 
 class _Local(Function):

@@ -15,6 +15,7 @@ from lading.catalog.own_store import CardStore
 from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.formats.manifest import Manifest
+from lading.gangs.world import AXES
 from lading.models.construct import build_on_meta, gc_disabled, other_dtypes
 from lading.models.dtype import dtypes_of_others, model_dtype, resolve_dtypes
 from lading.models.family import Family, check_config_type
@@ -27,8 +28,6 @@ from lading.operations.plan_reads import Layout, forecast, lay_out, memory_of_ot
 from lading.system.display import counted, human_bytes, representation
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, parse_dtype
 
-AXES = ("pp", "rdp", "sdp", "tp")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlan:
@@ -39,6 +38,7 @@ class RankPlan:
     """The place in its gang along this axis; likewise below."""
     rdp: int
     sdp: int
+    ep: int
     tp: int
     bytes_read: int
     reads: int
@@ -69,7 +69,7 @@ class LoadPlan:
     """The name of the card, or the path."""
     family: str
     sizes: Mapping[str, int]
-    """The sizes of the gangs ``pp``, ``rdp``, ``sdp`` and ``tp``."""
+    """The sizes of the gangs ``pp``, ``rdp``, ``sdp``, ``ep`` and ``tp``."""
     checkpoint_bytes: int
     """The size of all tensors in bytes."""
     adapter_bytes: int
@@ -81,8 +81,8 @@ class LoadPlan:
     manifest: Manifest = field(repr=False)
     """All tensors, and their places."""
     layout: Layout = field(repr=False, compare=False)
-    """The parts that each rank owns, over ``sdp`` and ``tp``, and over ``pp`` if the family has stages; the other axes
-    have copies."""
+    """The parts that each rank owns, over ``sdp``, ``ep`` and ``tp``, and over ``pp`` if the family has stages; the
+    other axes have copies."""
 
     @property
     def world_size(self) -> int:
@@ -101,7 +101,7 @@ class LoadPlan:
 
     def copies_of(self, seat: int) -> list[int]:
         """Return the ranks that own the same parts as the rank ``seat`` of the layout."""
-        stage_size = self.sizes["sdp"] * self.sizes["tp"]
+        stage_size = self.sizes["sdp"] * self.sizes["ep"] * self.sizes["tp"]
         if self.layout.ranks == stage_size:
             return list(range(seat, self.world_size, stage_size))
 
@@ -124,7 +124,7 @@ def plan_checkpoint(
     """Plan the load of a resolved model, as :func:`plan_load`.
 
     :param adapters: the adapters to merge; each weight is read as without them.
-    :param sizes: the sizes of all of :data:`AXES`.
+    :param sizes: the sizes of all of :data:`~lading.gangs.world.AXES`.
     :param dtype: the dtype of floating-point tensors; ``None`` keeps the checkpoint's own.
     """
     for axis, size in sizes.items():
@@ -136,7 +136,7 @@ def plan_checkpoint(
             raise ValueError(f"a rank must be at least 0 and less than the size of the world, {world}, but is {rank}")
     check_config_type(config, family)
     manifest = checkpoint.manifest
-    sdp, tp = sizes["sdp"], sizes["tp"]
+    sdp, ep, tp = sizes["sdp"], sizes["ep"], sizes["tp"]
 
     with gc_disabled():
         module = build_on_meta(family, config)
@@ -144,7 +144,7 @@ def plan_checkpoint(
         targets = targets_of(module, dtype=dtype, others=others)
         parameters = {name for name, _ in module.named_parameters()}
         parallel_plan = family.parallel_plan(config)
-        placed = placements(parallel_plan, targets.names, parameters, sdp=sdp, tp=tp)
+        placed = placements(parallel_plan, targets.names, targets.shapes, parameters, sdp=sdp, ep=ep, tp=tp)
         # Without stages, the axis has copies.
         staged = parallel_plan.stages
         pp = 1 if staged is None else sizes["pp"]
@@ -157,7 +157,7 @@ def plan_checkpoint(
             [targets.shapes[i] for i in routed.targets],
             resolve_dtypes(match, sdp=sdp),
             [placed[i] for i in routed.targets],
-            (pp, sdp, tp),
+            (pp, sdp, ep, tp),
             routed.composed,
             stages=[held[i] for i in routed.targets],
         )
@@ -168,7 +168,7 @@ def plan_checkpoint(
             [targets.shapes[i] for i in places],
             [DTYPE_NAMES[dtype] for dtype in unread.values()],
             [placed[i] for i in places],
-            (pp, sdp, tp),
+            (pp, sdp, ep, tp),
             stages=[held[i] for i in places],
         )
         found = forecast(manifest, layout, memory_of_unread)
@@ -177,15 +177,17 @@ def plan_checkpoint(
     files = found.files.sum(0)
 
     def of_rank(rank: int) -> RankPlan:
-        copy, place = divmod(rank, sdp * tp)
+        copy, place = divmod(rank, sdp * ep * tp)
         p, r = divmod(copy, sizes["rdp"])
-        s, t = divmod(place, tp)
-        seat = place + p % pp * sdp * tp  # the other axes have copies of one another
+        s, expert = divmod(place, ep * tp)
+        e, t = divmod(expert, tp)
+        seat = place + p % pp * sdp * ep * tp  # the other axes have copies of one another
         return RankPlan(
             rank=rank,
             pp=p,
             rdp=r,
             sdp=s,
+            ep=e,
             tp=t,
             bytes_read=int(found.bytes_read[seat]),
             reads=int(found.reads[seat]),
@@ -213,6 +215,7 @@ def plan_load(
     sdp: int = 1,
     pp: int = 1,
     rdp: int = 1,
+    ep: int = 1,
     dtype: torch.dtype | str = "auto",
     ranks: Sequence[int] | None = None,
     revision: str | None = None,
@@ -223,13 +226,13 @@ def plan_load(
 
     :param target: as :func:`check_model` takes it; likewise ``revision``.
     :param dtype: as ``load_model`` takes it.
-    :param ranks: the ranks to include, from 0 to ``pp × rdp × sdp × tp - 1``; default: all.
+    :param ranks: the ranks to include, from 0 to ``pp × rdp × sdp × ep × tp - 1``; default: all.
     :param restrict: as :func:`lading.formats.index` takes it; for a path.
 
     :raises ValueError: a size that is less than 1; a rank outside of the world.
     :raises ModelCheckpointMismatchError: the checkpoint does not fit the model's architecture.
-    :raises NotSupportedError: a size of the architecture does not divide over ``tp``; there are fewer layers than
-        stages; the checkpoint is quantized.
+    :raises NotSupportedError: a size of the architecture does not divide over ``tp``, or the experts over ``ep × tp``;
+        there are fewer layers than stages; the checkpoint is quantized.
 
     It also raises what :func:`check_model` does.
     """
@@ -240,7 +243,7 @@ def plan_load(
         model.checkpoint,
         model.family,
         model.config,
-        sizes={"pp": pp, "rdp": rdp, "sdp": sdp, "tp": tp},
+        sizes={"pp": pp, "rdp": rdp, "sdp": sdp, "ep": ep, "tp": tp},
         dtype=model_dtype(chosen, model.checkpoint, store=model.store),
         ranks=ranks,
         adapters=model.adapters,

@@ -42,7 +42,7 @@ def _no_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _all(gangs: Gangs) -> list[Gang]:
-    return [gangs.root, gangs.dp, gangs.rdp, gangs.sdp, gangs.tp, gangs.pp]
+    return [gangs.root, gangs.dp, gangs.rdp, gangs.sdp, gangs.ep, gangs.tp, gangs.pp]
 
 
 def test_a_gang_of_one_does_all_of_it_alone() -> None:
@@ -115,7 +115,7 @@ def test_a_world_of_one_has_a_process_group_and_a_mesh(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     gangs = create_gangs("cpu")
     assert isinstance(gangs.mesh, DeviceMesh)
-    assert gangs.mesh.shape == (1, 1, 1, 1)
+    assert gangs.mesh.shape == (1, 1, 1, 1, 1)
     assert all((gang.rank, gang.size, gang.group) == (0, 1, None) for gang in _all(gangs))
     assert gangs.root.first(lambda: 1) == 1
 
@@ -172,15 +172,28 @@ def test_the_others_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- simulated gangs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 2, 2), (2, 3, 2, 2), (1, 4, 1, 2), (1, 2, 2, 1), (3, 1, 1, 1)])
-def test_every_rank_of_a_world(shape: tuple[int, int, int, int]) -> None:
-    pp, rdp, sdp, tp = shape
-    for rank, (p, r, s, t) in enumerate(product(*map(range, shape))):
-        gangs = simulate_gangs(rank, pp=pp, rdp=rdp, sdp=sdp, tp=tp)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1, 1),
+        (1, 1, 2, 1, 2),
+        (2, 3, 2, 1, 2),
+        (1, 4, 1, 1, 2),
+        (1, 2, 2, 1, 1),
+        (3, 1, 1, 1, 1),
+        (1, 1, 1, 4, 1),
+        (1, 2, 2, 3, 1),
+        (2, 1, 2, 2, 2),
+    ],
+)
+def test_every_rank_of_a_world(shape: tuple[int, int, int, int, int]) -> None:
+    pp, rdp, sdp, ep, tp = shape
+    for rank, (p, r, s, e, t) in enumerate(product(*map(range, shape))):
+        gangs = simulate_gangs(rank, pp=pp, rdp=rdp, sdp=sdp, ep=ep, tp=tp)
         assert gangs.root.rank == rank
-        assert (gangs.pp.rank, gangs.rdp.rank, gangs.sdp.rank, gangs.tp.rank) == (p, r, s, t)
+        assert (gangs.pp.rank, gangs.rdp.rank, gangs.sdp.rank, gangs.ep.rank, gangs.tp.rank) == (p, r, s, e, t)
         assert gangs.dp.rank == r * sdp + s
-        assert [gang.size for gang in _all(gangs)] == [pp * rdp * sdp * tp, rdp * sdp, rdp, sdp, tp, pp]
+        assert [gang.size for gang in _all(gangs)] == [pp * rdp * sdp * ep * tp, rdp * sdp, rdp, sdp, ep, tp, pp]
         assert gangs.tp.ranks == tuple(rank - t + i for i in range(tp))
         for gang in _all(gangs):
             assert gang.ranks[gang.rank] == rank
@@ -189,7 +202,7 @@ def test_every_rank_of_a_world(shape: tuple[int, int, int, int]) -> None:
             if gang.group is not None:
                 assert dist.get_process_group_ranks(gang.group) == list(gang.ranks)
         assert gangs.mesh is not None
-        assert gangs.mesh.get_coordinate() == (p, r, s, t)
+        assert gangs.mesh.get_coordinate() == (p, r, s, e, t)
 
 
 def test_a_simulated_gang_sends_nothing() -> None:
@@ -213,7 +226,7 @@ def test_a_large_world() -> None:
 
 def test_ranks_and_sizes_of_a_simulated_world() -> None:
     with pytest.raises(
-        ValueError, match=r"less than the size of the world, 4 \(pp 1 × rdp 1 × sdp 2 × tp 2\), but is 4"
+        ValueError, match=r"less than the size of the world, 4 \(pp 1 × rdp 1 × sdp 2 × ep 1 × tp 2\), but is 4"
     ):
         simulate_gangs(4, tp=2, sdp=2)
     with pytest.raises(ValueError, match="`rdp` must be at least 1, but is 0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lading.catalog.store import get_asset_store
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
-from lading.families import bert, gemma3, llama, llama4, mistral, olmo, qwen
+from lading.families import bert, gemma3, llama, llama4, mistral, mixtral, olmo, qwen, qwen3_moe
 from lading.formats.manifest import Manifest, Shard
 from lading.gangs import Gang, create_fake_gangs, simulate_gangs
 from lading.models.construct import assign, build_on_meta, create_model
@@ -61,6 +62,13 @@ CONFIGS: dict[str, tuple[Family[Any, Any], Any]] = {
     "mistral": (mistral.FAMILY, mistral.MistralConfig(**SMALL, num_key_value_heads=2)),
     "olmo": (olmo.FAMILY, olmo.OLMOConfig(**SMALL, num_key_value_heads=2, pad_idx=0)),
     "gemma3": (gemma3.FAMILY, gemma3.Gemma3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
+    "mixtral": (mixtral.FAMILY, mixtral.MixtralConfig(**SMALL, num_key_value_heads=2)),
+    "qwen3_moe": (
+        qwen3_moe.FAMILY,
+        qwen3_moe.Qwen3MoEConfig(
+            **SMALL, num_key_value_heads=2, num_experts=8, top_k=2, expert_inner_dim=24, dense_layers=[0], head_dim=8
+        ),
+    ),
     "bert": (bert.FAMILY, bert.BertConfig(**SMALL)),
 }
 each_family = pytest.mark.parametrize("name", CONFIGS)
@@ -138,6 +146,16 @@ def test_what_does_not_divide_is_named_with_its_size() -> None:
     assert "vocab_size" not in message
 
 
+def test_ranks_that_do_not_divide_the_experts_are_named() -> None:
+    family, config = CONFIGS["mixtral"]
+    plan = family.parallel_plan(config)
+    plan.check(2, 4)
+    for tp, ep in ((1, 3), (2, 8)):
+        with pytest.raises(NotSupportedError, match=rf"`num_experts` is 8, which {ep * tp} \(ep {ep} × tp {tp}\)"):
+            plan.check(tp, ep)
+    qwen.FAMILY.parallel_plan(CONFIGS["qwen"][1]).check(1, 3)
+
+
 def test_ranks_neither_divide_the_heads_nor_are_divided_by_them() -> None:
     with pytest.raises(NotSupportedError, match="`num_key_value_heads` is 3, which does not divide 4 either"):
         ParallelPlan(tensor={"k": Split.KEY_VALUE}, num_key_value_heads=3).check(4)
@@ -189,10 +207,21 @@ def test_boxes_under_both() -> None:
 
 
 @pytest.mark.few(8)
-@pytest.mark.parametrize("sizes", [{"sdp": 3}, {"tp": 4}, {"tp": 2, "sdp": 3}, {"rdp": 2, "sdp": 2}, {"rdp": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"sdp": 3},
+        {"tp": 4},
+        {"tp": 2, "sdp": 3},
+        {"rdp": 2, "sdp": 2},
+        {"rdp": 2},
+        {"ep": 4},
+        {"ep": 2, "tp": 2, "sdp": 2},
+    ],
+)
 @each_family
 def test_the_ranks_together_own_everything_alike(name: str, sizes: dict[str, int]) -> None:
-    world = sizes.get("tp", 1) * sizes.get("sdp", 1) * sizes.get("rdp", 1)
+    world = math.prod(sizes.values())
     owned: dict[str, torch.Tensor] = {}
     for rank in range(world):
         targets = targets_on(name, rank, **sizes)
@@ -336,12 +365,12 @@ def test_an_axis_without_a_plan_is_ignored_and_said_so_once(caplog: pytest.LogCa
     )
     with caplog.at_level(logging.WARNING, "lading"):
         for _ in range(2):
-            with simulate_gangs(rank=0, tp=2, sdp=2, pp=2) as gangs:
+            with simulate_gangs(rank=0, tp=2, ep=2, sdp=2, pp=2) as gangs:
                 module = build_on_meta(family, {})
                 parallelize(module, family, {}, gangs)
                 assert type(module.weight) is nn.Parameter
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 3
+    assert len(said) == 4
     assert all("plain family have no plan for the axis" in message for message in said)
 
 

@@ -110,7 +110,7 @@ def test_the_box_of_a_distributed_tensor() -> None:
     with simulate_gangs(rank=5, sdp=4, tp=2) as gangs:
         mesh = gangs.root.mesh
         assert mesh is not None
-        placements = [Replicate(), Replicate(), _StridedShard(0, split_factor=2), Shard(0)]
+        placements = [Replicate(), Replicate(), _StridedShard(0, split_factor=2), Replicate(), Shard(0)]
         tensor = DTensor.from_local(torch.empty(3, 5), mesh, placements, run_check=False, shape=(22, 5), stride=(5, 1))
 
         # tp rank 1 has the rows from 11, sdp rank 2 of them the third part of 3, 3, 3 and 2 rows.

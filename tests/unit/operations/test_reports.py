@@ -41,7 +41,7 @@ MANIFEST = Manifest(
 )
 STAT = FileStat(size=1, mtime_ns=1, ctime_ns=1, inode=1)
 RANK = RankPlan(
-    rank=1, pp=0, rdp=0, sdp=0, tp=1, bytes_read=3_000_000, reads=1, files=1, memory={"F32": 2_000_000}
+    rank=1, pp=0, rdp=0, sdp=0, ep=0, tp=1, bytes_read=3_000_000, reads=1, files=1, memory={"F32": 2_000_000}
 )  # fmt: skip
 FILE = PulledFile(name="m.safetensors", size=5_000_000, path=None, fetched=True)
 ENTRY = DiskUsageEntry(
@@ -74,7 +74,7 @@ REPORTS = [
     (RANK,
      "<RankPlan: rank 1, 3 MB read in 1 read, 2 MB of memory>"),
     (LoadPlan(
-        name="m", family="qwen", sizes={"pp": 1, "rdp": 1, "sdp": 1, "tp": 2}, checkpoint_bytes=6_000, files=1,
+        name="m", family="qwen", sizes={"pp": 1, "rdp": 1, "sdp": 1, "ep": 1, "tp": 2}, checkpoint_bytes=6_000, files=1,
         adapter_bytes=0, ranks=(RANK,), manifest=MANIFEST,
         layout=Layout(ranks=2, tensors=(), kinds=array("q"), known=(), composed={}),
     ),

@@ -17,7 +17,7 @@ from lading.system.display import human_bytes, human_count
 from lading.system.needs import needs_torch
 from lading.system.uris import without_secrets
 
-AXES = ("tp", "sdp", "pp", "rdp")
+AXES = ("tp", "ep", "sdp", "pp", "rdp")
 """The axes of gangs that a picture can have."""
 
 MOST_RANKS = 1_024
@@ -47,7 +47,7 @@ def model_page(name: str, store: AssetStore, sharing: str) -> dict[str, object]:
     }
 
 
-def plan_picture(name: str, store: AssetStore, *, tp: int, sdp: int, pp: int, rdp: int) -> str:
+def plan_picture(name: str, store: AssetStore, *, tp: int, ep: int, sdp: int, pp: int, rdp: int) -> str:
     """Return the picture of the plan of a model whose tensors the catalog knows.
 
     :raises LadingError: it does not know them, or as :func:`lading.operations.plan.plan_load`.
@@ -61,7 +61,7 @@ def plan_picture(name: str, store: AssetStore, *, tp: int, sdp: int, pp: int, rd
         from lading.operations.plan import plan_load
         from lading.operations.plan_svg import picture
 
-    return picture(plan_load(found.card, tp=tp, sdp=sdp, pp=pp, rdp=rdp, ranks=(0,), store=store))
+    return picture(plan_load(found.card, tp=tp, ep=ep, sdp=sdp, pp=pp, rdp=rdp, ranks=(0,), store=store))
 
 
 def _shown(value: object) -> str:
