@@ -19,9 +19,11 @@ from lading.families.gemma3 import Gemma3Config
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
 from lading.families.llama4 import Llama4Config, Llama4ExpertsConfig
 from lading.families.mistral import MistralConfig
+from lading.families.mixtral import MixtralConfig
 from lading.families.nllb import NllbConfig
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig
 from lading.families.qwen import QwenConfig
+from lading.families.qwen3_moe import Qwen3MoEConfig
 from lading.families.s2t_transformer import S2TTransformerConfig
 from lading.families.wav2vec2 import Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
@@ -91,6 +93,13 @@ CASES: dict[str, tuple[str, Any]] = {
     "qwen3-head-dim": ("qwen", replace(QWEN3, head_dim=10)),
     "mistral": ("mistral", MistralConfig(**SIZES)),
     "mistral-without-window": ("mistral", MistralConfig(**SIZES, attn_window_len=None, head_dim=8, pad_idx=2)),
+    "mixtral": ("mixtral", MixtralConfig(**SIZES, num_experts=5, attn_window_len=5, pad_idx=2)),
+    "qwen3-moe": (
+        "qwen3_moe",
+        Qwen3MoEConfig(
+            **SIZES, num_experts=4, top_k=2, expert_inner_dim=12, dense_layers=[0], head_dim=8, normalize_scores=False
+        ),
+    ),
     "olmo2": ("olmo", OLMO),
     "olmo3": ("olmo", replace(OLMO, sliding_window=5, num_key_value_heads=2, rope_theta=77.0)),
     "olmo3-yarn": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,12 +78,20 @@ CONFIG_JSON = ConfigTable(
 """The keys of ``config.json``."""
 
 
+def _expert_rules(prefix: str) -> Iterator[Rule]:
+    return expert_rules("block_sparse_moe", gate="w1", up="w3", down="w2", prefix=prefix)
+
+
 def _rules(config: MixtralConfig) -> Sequence[Rule]:
-    return (*expert_rules("block_sparse_moe", gate="w1", up="w3", down="w2"), *rules_of_adjacent_channels(config))
+    return (*_expert_rules("model."), *_expert_rules(""), *rules_of_adjacent_channels(config))
 
 
 FAMILY: Family[Mixtral, MixtralConfig] = decoder_family(
-    "lading.families.nn.decoder_models:Mixtral", _spec, CONFIG_JSON, rules=_rules
+    "lading.families.nn.decoder_models:Mixtral",
+    _spec,
+    CONFIG_JSON,
+    rules=_rules,
+    published=lambda config: tuple(_expert_rules("model.")),
 )
 
 get_mixtral_model_hub: ModelHubAccessor[Mixtral, MixtralConfig] = ModelHubAccessor("mixtral", FAMILY.kls, MixtralConfig)

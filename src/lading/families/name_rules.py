@@ -98,23 +98,27 @@ _FAIRSEQ2_AFTER = _FAIRSEQ2 | {
 
 
 def expert_rules(
-    module: str = "mlp", *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    module: str = "mlp",
+    *,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    prefix: str = "model.",
 ) -> Iterator[Rule]:
     """Yield the rules for experts with separate weights, ``…mlp.experts.0.gate_proj.weight`` …, as on the hub.
 
     :param module: the name of the mixture of experts in a layer; likewise those of the three weights of an expert.
+    :param prefix: the prefix of the layers, which a checkpoint of the model without its head lacks.
     """
-    for prefix in ("model.", ""):  # a checkpoint of the model without its head lacks the prefix
-        layer, ours = f"{prefix}layers.{{n}}.{module}", "model.layers.{n}.mlp"
-        for name, target, concat in (
-            (gate, "gate_up_proj", (0, 0)),
-            (up, "gate_up_proj", (0, 1)),
-            (down, "down_proj", None),
-        ):
-            source = f"{layer}.experts.{{e}}.{name}.weight"
-            yield Rule(source, f"{ours}.experts.{target}", stack="e", concat=concat)
-        if module != "mlp":
-            yield Rule(f"{layer}.{{rest*}}", f"{ours}.{{rest}}")
+    layer, ours = f"{prefix}layers.{{n}}.{module}", "model.layers.{n}.mlp"
+    for name, target, concat in (
+        (gate, "gate_up_proj", (0, 0)),
+        (up, "gate_up_proj", (0, 1)),
+        (down, "down_proj", None),
+    ):
+        yield Rule(f"{layer}.experts.{{e}}.{name}.weight", f"{ours}.experts.{target}", stack="e", concat=concat)
+    if module != "mlp":
+        yield Rule(f"{layer}.gate.weight", f"{ours}.gate.weight")
 
 
 def rules_of_adjacent_channels(config: Any) -> Sequence[Rule]:

@@ -153,11 +153,15 @@ CONFIG_JSON = ConfigTable(
 
 
 def _rules(config: Qwen3MoEConfig) -> Sequence[Rule]:
-    return (*expert_rules(), *DECODER_RULES)
+    return (*expert_rules(), *expert_rules(prefix=""), *DECODER_RULES)
 
 
 FAMILY: Family[Qwen3MoE, Qwen3MoEConfig] = decoder_family(
-    "lading.families.nn.decoder_models:Qwen3MoE", _spec, CONFIG_JSON, rules=_rules
+    "lading.families.nn.decoder_models:Qwen3MoE",
+    _spec,
+    CONFIG_JSON,
+    rules=_rules,
+    published=lambda config: tuple(expert_rules()),
 )
 
 get_qwen3_moe_model_hub: ModelHubAccessor[Qwen3MoE, Qwen3MoEConfig] = ModelHubAccessor(

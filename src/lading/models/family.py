@@ -71,6 +71,9 @@ class Family(Generic[ModelT, ModelConfigT]):
     """
     rules: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
     """The rules that map tensors of a checkpoint to parameters with other names."""
+    published: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
+    """The rules, among those of ``rules``, of published checkpoints, which an export applies backwards: to write each
+    expert of a model that stacks them as tensors of its own, for example."""
     may_lack: Callable[[ModelConfigT, Sequence[str]], Sequence[str]] | None = None
     """A function that selects, from the names that a checkpoint lacks, those that published checkpoints lack by design:
     ``init`` fills them. ``None`` means that no name may be missing."""

@@ -1,8 +1,9 @@
 """Export of models as Hugging Face repositories, from a checkpoint of any format or from a model in memory.
 
-Parameters have the names of Hugging Face checkpoints, so they are written as a load reads them. A repository is created
-completely or not at all, and at most one tensor, or a few small ones, is in memory at a time: also in an object store,
-where each shard is uploaded as it is made, without a copy on this machine.
+Parameters have the names of Hugging Face checkpoints, so they are written as a load reads them, except that stacked
+experts become separate tensors, as published checkpoints have them. A repository is created completely or not at all,
+and at most one tensor, or a few small ones, is in memory at a time: also in an object store, where each shard is
+uploaded as it is made, without a copy on this machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -52,16 +54,19 @@ from lading.models.ties import different_copies, require_equal_copies
 from lading.models.tokenizers.tokenizer import Tokenizer
 from lading.operations.destination import Destination, Place, new_place, open_destination, place_of, require_new
 from lading.operations.export_layout import (
+    Part,
     batches,
     check_shard_size,
     config_values,
     elements_by_dtype,
     files_of,
     files_of_stages,
+    published,
     torch_name,
 )
 from lading.operations.register import register_model, require_own_name
-from lading.planning.composition import Source
+from lading.planning.box import Box
+from lading.planning.composition import Source, cut
 from lading.system.display import counted, human_bytes, human_count, representation
 from lading.system.progress import byte_bar
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, parse_dtype
@@ -216,11 +221,12 @@ def convert_checkpoint(
     with new_place(place) as new, open_destination(new) as destination:
         destination.require_space(sum(entry.nbytes for entry in (*entries, *added)))
         order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
-        entries = [*(entries[i] for i in order), *added]
+        parts = published([*(entries[i] for i in order), *added], family.published(config))
+        entries = [*parts]
         shards = files_of(entries, shard_size)
         with byte_bar(sum(entry.nbytes for entry in entries), "write", shown=progress) as bar:
             for file, shard in shards.items():
-                _copy(destination, file, shard, merger, sources, bar, witness)
+                _copy(destination, file, shard, parts, merger, sources, bar, witness)
         if expected is not None and witness is not None:
             finish_verification(
                 checkpoint, expected, witness.digests(), store, create_fake_gangs("cpu").root, progress=progress
@@ -305,7 +311,12 @@ def export_model(
     entries = [entry for stage in stages for entry in stage]
     if {entry.name: entry.shape for entry in entries} != dict(zip(whole.names, whole.shapes, strict=True)):
         raise ValueError("`config` must be the one that `model` was made with, but describes other parameters")
-    shards, writers = files_of_stages(stages, shard_size)
+    rules = family.published(config)
+    parts = published(entries, rules)
+    entries = [*parts]
+    shards, writers = files_of_stages(
+        {tuple(published(stage, rules)): ranks for stage, ranks in stages.items()}, shard_size
+    )
 
     saved = tokenizer.model if isinstance(tokenizer, Tokenizer) else tokenizer
 
@@ -337,8 +348,8 @@ def export_model(
         destination = stack.enter_context(open_destination(new))
         for file, shard in shards.items():
             with root.all_or_none():
-                if shard[0].name in held:
-                    _write_together(destination, file, shard, tensors, writes=writers[file] == root.rank)
+                if parts[shard[0]].parameter.name in held:
+                    _write_together(destination, file, shard, parts, tensors, writes=writers[file] == root.rank)
 
         return root.first(finish)
 
@@ -387,6 +398,7 @@ def _copy(
     destination: Destination,
     name: str,
     shard: Sequence[Entry],
+    parts: Mapping[Entry, Part],
     merger: Merger,
     sources: Mapping[str, Source],
     bar: tqdm[Any],
@@ -394,28 +406,47 @@ def _copy(
 ) -> None:
     """Write a file from a checkpoint and its adapters, a few tensors at a time.
 
-    :param sources: the sources of the tensors of the checkpoint, by name.
+    :param sources: the sources of the parameters in the checkpoint, by name.
     :param witness: computes digests of the bytes that are read.
     """
+    shapes = merger.base.manifest.shapes
+    changed = {merger.match.targets.names[target] for target in merger.match.merge.changes}
+    merged: dict[Entry, Tensor] = {}  # the parameters of a batch that adapters change, whole
     with destination.create(name, sum(entry.size for entry in shard)) as file, Writer(file, shard) as writer:
         for batch in batches(shard):
-            base = [entry for entry in batch if entry.name in sources]
-            wanted = [sources[entry.name] for entry in base]
-            read = read_tensors(merger.base, wanted, [entry.dtype for entry in base], witness=witness)
-            tensors = {entry.name: tensor for entry, tensor in zip(base, read, strict=True)}
+            needed = {entry: parts[entry].parameter for entry in batch if parts[entry].parameter.name in changed}
+            merged = {parameter: merged[parameter] for parameter in needed.values() if parameter in merged}
+            new = [parameter for parameter in dict.fromkeys(needed.values()) if parameter not in merged]
+
+            wanted = {parameter: sources[parameter.name] for parameter in new if parameter.name in sources}
             for entry in batch:
-                if entry.name not in tensors:  # an adapter has it whole
-                    tensors[entry.name] = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-            merger.merge_into(tensors)
+                if entry not in needed:
+                    wanted[entry] = cut(sources[parts[entry].parameter.name], shapes, parts[entry].box)
+            dtypes = [entry.dtype for entry in wanted]
+            read = read_tensors(merger.base, [*wanted.values()], dtypes, witness=witness)
+            tensors = dict(zip(wanted, read, strict=True))
+            for parameter in new:
+                if parameter not in tensors:  # an adapter has it whole
+                    tensors[parameter] = torch.empty(parameter.shape, dtype=TORCH_DTYPES[parameter.dtype])
+                merged[parameter] = tensors[parameter]
+            merger.merge_into({parameter.name: merged[parameter] for parameter in new})
+
             for entry in batch:
-                writer.write(_bytes(tensors[entry.name]))
+                own = _part(merged[needed[entry]], parts[entry].box) if entry in needed else tensors[entry]
+                writer.write(_bytes(own))
                 bar.update(entry.nbytes)
 
 
 def _write_together(
-    destination: Destination, name: str, shard: Sequence[Entry], tensors: Mapping[str, Tensor], *, writes: bool
+    destination: Destination,
+    name: str,
+    shard: Sequence[Entry],
+    parts: Mapping[Entry, Part],
+    tensors: Mapping[str, Tensor],
+    *,
+    writes: bool,
 ) -> None:
-    """Gather the tensors of a file on all ranks, one after another, and write them on one rank."""
+    """Gather the parameters of a file on all ranks, one after another, and write them on one rank."""
     failed: Exception | None = None
     with ExitStack() as stack:
         writer: Writer | None = None
@@ -426,16 +457,22 @@ def _write_together(
         except Exception as error:
             failed = error
 
-        for entry in shard:
-            whole = _whole(tensors[entry.name])
+        for parameter, entries in groupby(shard, lambda entry: parts[entry].parameter):
+            whole = _whole(tensors[parameter.name])
             if writer is None or failed is not None:
                 continue
             try:
-                writer.write(_bytes(whole.to(TORCH_DTYPES[entry.dtype])))
+                for entry in entries:
+                    writer.write(_bytes(_part(whole, parts[entry].box).to(TORCH_DTYPES[entry.dtype])))
             except Exception as error:
                 failed = error  # continue, as the other ranks wait for this one in the next gathering
         if failed is not None:
             raise failed
+
+
+@torch.no_grad()
+def _part(whole: Tensor, box: Box) -> Tensor:
+    return whole[tuple(map(slice, box.starts, box.ends))]
 
 
 @torch.no_grad()

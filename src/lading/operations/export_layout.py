@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lading.formats.safetensors_writer import Entry, shard_names, shards_of
 from lading.models.construct import build_on_meta
 from lading.models.family import Family
 from lading.models.targets import Targets, targets_of
+from lading.planning.box import Box
+from lading.planning.rules import Rule, parts_of
 from lading.transfer.dtypes import TORCH_DTYPES
 
 BATCH = 64 << 20
@@ -67,6 +70,27 @@ def batches(shard: Sequence[Entry]) -> Iterator[list[Entry]]:
         size += entry.nbytes
     if batch:
         yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a parameter that is written as a tensor of its own."""
+
+    parameter: Entry
+    box: Box
+
+
+def published(entries: Iterable[Entry], rules: Sequence[Rule]) -> dict[Entry, Part]:
+    """Return the tensors that a published checkpoint has for parameters, in the order of these, with their parts.
+
+    :param entries: the parameters.
+    :param rules: those of :attr:`lading.models.family.Family.published`.
+    """
+    return {
+        Entry(name=name, dtype=entry.dtype, shape=shape): Part(entry, box)
+        for entry in entries
+        for name, shape, box in parts_of(entry.name, entry.shape, rules)
+    }
 
 
 def elements_by_dtype(entries: Iterable[Entry]) -> dict[str, int]:

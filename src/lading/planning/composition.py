@@ -139,6 +139,31 @@ def shape_of(source: Source, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ..
     return (*parts[0][:dim], sum(shape[dim] for shape in parts), *parts[0][dim + 1 :])
 
 
+def cut(source: Source, shapes: Sequence[tuple[int, ...]], box: Box) -> Source:
+    """Return the source of a box of ``source``: one of its parts, where the box is just that.
+
+    :param shapes: the shapes of the tensors of the manifest.
+    """
+    whole = shape_of(source, shapes)
+    if box.covers(whole):
+        return source
+    if isinstance(source, Stacked) and box.sizes[0] == 1:
+        return cut(source.parts[box.starts[0]], shapes, Box(box.starts[1:], box.sizes[1:]))
+    if isinstance(source, Joined):
+        dim, begin = source.dim, 0
+        for part in source.parts:
+            size = shape_of(part, shapes)[dim]
+            if (box.starts[dim], box.sizes[dim]) == (begin, size):
+                return cut(part, shapes, Box((*box.starts[:dim], 0, *box.starts[dim + 1 :]), box.sizes))
+            begin += size
+
+    for dim, (start, size) in enumerate(zip(box.starts, box.sizes, strict=True)):
+        if size < whole[dim]:
+            source = Sliced(dim, start, size, source)
+
+    return source
+
+
 def pieces(source: Source, shapes: Sequence[tuple[int, ...]], box: Box) -> Iterator[tuple[int, Selection]]:
     """Yield the tensors, and the copies of them that fill the memory of ``box``, row-major, each element once.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from lading.errors import InternalError
+from lading.planning.box import Box
 from lading.planning.composition import (
     Joined,
     Regroup,
@@ -233,6 +234,33 @@ def rename(names: Sequence[str], rules: Sequence[Rule]) -> list[str | None]:
     return [renamed for _, renamed, _ in _apply(names, rules)]
 
 
+def parts_of(target: str, shape: tuple[int, ...], rules: Sequence[Rule]) -> list[tuple[str, tuple[int, ...], Box]]:
+    """Return the tensors that the rules join or stack to a target, each with its shape and its box of the target.
+
+    Tensors that are joined are equally large. A target that no rule makes is one tensor.
+    """
+    made = [(match, rule) for rule in rules if (match := _pattern(rule.target or "")[0].fullmatch(target))]
+    if not made:
+        return [(target, shape, Box.whole(shape))]
+
+    found: list[tuple[str, tuple[int, ...], Box]] = []
+    for index in range(shape[0]) if made[0][1].stack else (0,):
+        for match, rule in made:
+            stacked = rule.stack is not None
+            starts, sizes = [0] * len(shape), list(shape)
+            if rule.stack is not None:
+                starts[0], sizes[0] = index, 1
+            if rule.concat is not None:
+                dim = rule.concat[0] + stacked
+                sizes[dim] = shape[dim] // len(made)
+                starts[dim] = rule.concat[1] * sizes[dim]
+            numbers = match.groupdict() | ({rule.stack: index} if rule.stack else {})
+            name = _PLACEHOLDER.sub(r"{\1}", rule.source).format(**numbers)
+            found.append((name, tuple(sizes[stacked:]), Box(tuple(starts), tuple(sizes))))
+
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class _Position:
     """The position of a tensor in a target."""
@@ -432,19 +460,25 @@ _PLACEHOLDER = re.compile(r"\{([a-z]+)(\*?)\}")
 
 
 @lru_cache(maxsize=1024)
-def _compile(rule: Rule) -> tuple[re.Pattern[str], str | None]:
-    """Compile the rule to a regular expression and a format string."""
+def _pattern(text: str) -> tuple[re.Pattern[str], list[str]]:
+    """Compile the text of a rule to a regular expression; return its placeholders, too."""
     pattern, at = "", 0
     known: list[str] = []
-    for match in _PLACEHOLDER.finditer(rule.source):
-        pattern += re.escape(rule.source[at : match.start()])
+    for match in _PLACEHOLDER.finditer(text):
+        pattern += re.escape(text[at : match.start()])
         pattern += f"(?P<{match[1]}>{'.+' if match[2] else '[0-9]+'})"
         known.append(match[1])
         at = match.end()
-    pattern += re.escape(rule.source[at:])
 
+    return re.compile(pattern + re.escape(text[at:])), known
+
+
+@lru_cache(maxsize=1024)
+def _compile(rule: Rule) -> tuple[re.Pattern[str], str | None]:
+    """Compile the rule to a regular expression and a format string."""
+    pattern, known = _pattern(rule.source)
     wanted = {m[1] for m in _PLACEHOLDER.finditer(rule.target or "")} | ({rule.stack} if rule.stack else set())
     if unknown := wanted - set(known):
         raise InternalError(f"the target of {rule} uses placeholders that its source does not have: {unknown}")
 
-    return re.compile(pattern), None if rule.target is None else _PLACEHOLDER.sub(r"{\1}", rule.target)
+    return pattern, None if rule.target is None else _PLACEHOLDER.sub(r"{\1}", rule.target)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 
-from lading import check_model, load_model
+from lading import check_model, convert_checkpoint, export_model, import_cards, load_model
 from lading.errors import ModelCheckpointMismatchError
 from lading.families.mixtral import MixtralConfig
 from lading.families.qwen3_moe import Qwen3MoEConfig
@@ -20,6 +21,7 @@ from lading.gangs import create_fake_gangs
 from lading.models.construct import create_model
 from lading.models.family import get_family
 from tests.helpers.expert_layouts import NAMES, separate
+from tests.helpers.make_adapter import factors, within_one_ulp, write_adapter
 
 SMALL: dict[str, Any] = {
     "model_dim": 32, "vocab_size": 40, "num_layers": 3, "num_attn_heads": 4, "num_key_value_heads": 2,
@@ -61,6 +63,46 @@ def test_stacked_and_separate_experts_make_the_same_model(home: Path, tmp_path: 
     for folder in (stacked, apart, save(tmp_path / "bare", name, bare)):
         assert check_model(folder).fits
         same(load_model(folder), model)
+
+
+@each_family
+def test_an_export_has_the_layout_of_published_checkpoints(home: Path, tmp_path: Path, name: str) -> None:
+    model = new(name)
+    expected = separate(model.state_dict(), name)
+    export_model(model, name, CONFIGS[name], tmp_path / "exported", shard_size=10_000)
+    save(tmp_path / "stacked", name, model.state_dict())
+    convert_checkpoint(tmp_path / "stacked", tmp_path / "from-stacked", progress=False)
+    convert_checkpoint(tmp_path / "exported", tmp_path / "again", shard_size=20_000, progress=False)
+
+    for folder in ("exported", "from-stacked", "again"):
+        files = sorted((tmp_path / folder).glob("*.safetensors"))
+        found = {key: value for file in files for key, value in load_file(file).items()}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        same(load_model(tmp_path / folder), model)
+
+
+@each_family
+def test_an_adapter_of_one_expert_is_exported_with_it(home: Path, tmp_path: Path, name: str) -> None:
+    state = separate(new(name).state_dict(), name)
+    save(tmp_path / "checkpoint", name, state)
+    weights = [key for key, value in state.items() if ".experts.3." in key and key.startswith("model.layers.2.")]
+    expected = dict(state)
+    adapter: dict[str, Tensor] = {}
+    for key in (*weights, "model.layers.0.self_attn.q_proj.weight"):
+        adapter |= factors(key.removesuffix(".weight"), *state[key].shape, seed=len(adapter))
+        a, b = list(adapter.values())[-2:]
+        expected[key] = state[key] + b @ a * 2.0
+    write_adapter(tmp_path / "adapter", adapter)
+    card = {"name": "tuned", "model_family": name, "model_config": asdict(CONFIGS[name])}
+    import_cards([card | {key: str(tmp_path / key) for key in ("checkpoint", "adapter")}], source="memory")
+    convert_checkpoint("tuned", tmp_path / "out", shard_size=20_000, progress=False)
+
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    found = {key: value for file in files for key, value in load_file(file).items()}
+    assert found.keys() == expected.keys()
+    assert [key for key, value in expected.items() if not within_one_ulp(found[key], value)] == []
+    same(load_model("tuned"), load_model(tmp_path / "out"))
 
 
 @each_family
