@@ -82,11 +82,8 @@ class QwenTokenizerConfig:
 
 
 @dataclass(kw_only=True)
-class OLMOTokenizerConfig:
+class OLMOTokenizerConfig(QwenTokenizerConfig):
     """The configuration of ``olmo``."""
-
-    use_im_end: bool = False
-    """End a text with ``<|im_end|>`` instead of ``<|endoftext|>``, as instruction-tuned models do."""
 
 
 @dataclass(kw_only=True)
@@ -130,6 +127,24 @@ def _modes(begin: str | None, end: str | None) -> Mapping[str, tuple[tuple[str, 
     return {"default": (prefix, suffix), "prompt": (prefix, ()), "prompt_response": ((), suffix)}
 
 
+def _decoder_layout(
+    library: Library,
+    names: Mapping[str, str],
+    *,
+    begin: str | None = None,
+    split_regex: str = "",
+    special_tokens: tuple[str, ...] = (),
+) -> TokenizerLayout:
+    """Return the layout of a decoder whose texts go from ``begin``, if it has one, to ``names["eos"]``."""
+    return TokenizerLayout(
+        libraries=(library,),
+        control=ControlTokens(modes={**_modes(begin, names["eos"]), "as_is": ((), ())}),
+        names=names,
+        split_regex=split_regex,
+        special_tokens=special_tokens,
+    )
+
+
 def _any_layout(config: TokenizerConfig) -> TokenizerLayout:
     return TokenizerLayout(libraries=("tokenizers", "sentencepiece"), control=ControlTokens(ignore=True))
 
@@ -161,51 +176,51 @@ def _llama_layout(config: LLaMATokenizerConfig) -> TokenizerLayout:
 
     eos = "<|eot_id|>" if config.use_eot else "<|end_of_text|>"
 
-    return TokenizerLayout(
-        libraries=("tiktoken",) if config.impl == "tiktoken" else ("tokenizers",),
-        control=ControlTokens(modes={**_modes("<|begin_of_text|>", eos), "as_is": ((), ())}),
-        names={
-            "bos": "<|begin_of_text|>", "eos": eos, "pad": "<|finetune_right_pad_id|>",
-            "boh": "<|start_header_id|>", "eoh": "<|end_header_id|>",
+    return _decoder_layout(
+        "tiktoken" if config.impl == "tiktoken" else "tokenizers",
+        {
+            "bos": "<|begin_of_text|>",
+            "eos": eos,
+            "pad": "<|finetune_right_pad_id|>",
+            "boh": "<|start_header_id|>",
+            "eoh": "<|end_header_id|>",
         },
+        begin="<|begin_of_text|>",
         split_regex=_LLAMA3_REGEX if config.split_regex is None else config.split_regex,
         special_tokens=_LLAMA3_TOKENS,
-    )  # fmt: skip
+    )
 
 
 def _llama4_layout(config: Llama4TokenizerConfig) -> TokenizerLayout:
     eos = "<|eot|>" if config.use_eot else "<|end_of_text|>"
 
-    return TokenizerLayout(
-        libraries=("tiktoken",),
-        control=ControlTokens(modes={**_modes("<|begin_of_text|>", eos), "as_is": ((), ())}),
-        names={
-            "bos": "<|begin_of_text|>", "eos": eos, "pad": "<|finetune_right_pad|>",
-            "boh": "<|header_start|>", "eoh": "<|header_end|>",
+    return _decoder_layout(
+        "tiktoken",
+        {
+            "bos": "<|begin_of_text|>",
+            "eos": eos,
+            "pad": "<|finetune_right_pad|>",
+            "boh": "<|header_start|>",
+            "eoh": "<|header_end|>",
         },
+        begin="<|begin_of_text|>",
         split_regex=_LLAMA4_REGEX if config.split_regex is None else config.split_regex,
         special_tokens=_LLAMA4_TOKENS,
-    )  # fmt: skip
+    )
 
 
 def _qwen_layout(config: QwenTokenizerConfig) -> TokenizerLayout:
-    eos = "<|im_end|>" if config.use_im_end else "<|endoftext|>"
-
-    return TokenizerLayout(
-        libraries=("tokenizers",),
-        control=ControlTokens(modes={**_modes(None, eos), "as_is": ((), ())}),
-        names={"eos": eos, "pad": "<|endoftext|>"},
-    )
+    return _decoder_layout("tokenizers", {"eos": _end(config), "pad": "<|endoftext|>"})
 
 
 def _olmo_layout(config: OLMOTokenizerConfig) -> TokenizerLayout:
-    eos = "<|im_end|>" if config.use_im_end else "<|endoftext|>"
+    names = {"unk": "<|endoftext|>", "bos": "<|endoftext|>", "eos": _end(config), "pad": "<|pad|>"}
 
-    return TokenizerLayout(
-        libraries=("tokenizers",),
-        control=ControlTokens(modes={**_modes(None, eos), "as_is": ((), ())}),
-        names={"unk": "<|endoftext|>", "bos": "<|endoftext|>", "eos": eos, "pad": "<|pad|>"},
-    )
+    return _decoder_layout("tokenizers", names)
+
+
+def _end(config: QwenTokenizerConfig) -> str:
+    return "<|im_end|>" if config.use_im_end else "<|endoftext|>"
 
 
 def _gemma_layout(config: TokenizerConfig) -> TokenizerLayout:
