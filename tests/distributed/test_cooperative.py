@@ -24,16 +24,7 @@ from lading.transfer import cooperative
 from lading.transfer.files import OpenShard
 from tests.distributed.gang_tools import TIMEOUT, check_gang_errors, raised_by
 from tests.distributed.workers import Pool
-from tests.helpers.make_checkpoint import make
-
-CARD = """\
-name: near
-model_family: qwen
-checkpoint: {path}
-model_config: {{model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2,
-  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
-  ffn_inner_dim: 64}}
-"""
+from tests.helpers.make_checkpoint import make, qwen_card
 
 
 @contextmanager
@@ -138,7 +129,7 @@ def verified(home: str) -> tuple[str, int]:
 
 def test_what_is_read_together_is_verified(tmp_path: Path) -> None:
     file = make(tmp_path / "model") / "model.safetensors"
-    (tmp_path / "near.yaml").write_text(CARD.format(path=file.parent))
+    (tmp_path / "near.yaml").write_text(qwen_card("near", file.parent))
     total = formats.index(file).total_bytes
     with Pool(4) as pool:
         # Nothing is known of the bytes: as all of them pass by on this host, they are recorded.

@@ -1,4 +1,4 @@
-"""The example under torchrun; and two hosts, each of which fetches once."""
+"""The example under torchrun; and two hosts that fetch once each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lading.gangs import create_gangs, world
 from lading.models.hub import load_model
 from tests.distributed.tiny_models import whole
 from tests.distributed.workers import Pool
-from tests.helpers.make_checkpoint import make
+from tests.helpers.make_checkpoint import make, qwen_card
 from tests.servers.hostile import serve
 
 ROOT = Path(__file__).parents[2]
@@ -38,16 +38,6 @@ def test_the_example(tmp_path: Path) -> None:
     assert first.startswith("rank 0 (sdp 0, tp 0): ")
     assert second.startswith("rank 1 (sdp 0, tp 1): ")
     assert first.partition("next token")[2] == second.partition("next token")[2] != ""
-
-
-CARD = """\
-name: far
-model_family: qwen
-checkpoint: {uri}
-model_config: {{model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2,
-  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
-  ffn_inner_dim: 64}}
-"""
 
 
 def move_to(host: str, home: str) -> None:
@@ -76,7 +66,7 @@ def pool() -> Iterator[Pool]:
 def test_each_of_two_hosts_fetches_once(pool: Pool, tmp_path: Path) -> None:
     file = make(tmp_path / "origin") / "model.safetensors"
     with serve({"/model.safetensors": file.read_bytes()}, digests=True) as server:
-        (tmp_path / "far.yaml").write_text(CARD.format(uri=server.url("/model.safetensors")))
+        (tmp_path / "far.yaml").write_text(qwen_card("far", server.url("/model.safetensors")))
         found = pool.values(load_on, str(tmp_path), each=["a", "a", "b", "b"])
         asked = [headers.get("range") for method, _, headers in server.requests if method == "GET"]
 
@@ -130,7 +120,7 @@ def test_two_hosts_with_networks_of_their_own(
     two_networks: dict[str, tuple[str, str]], tmp_path: Path, cooperative: bool
 ) -> None:
     file = make(tmp_path / "origin") / "model.safetensors"
-    (tmp_path / "far.yaml").write_text(CARD.format(uri=f"http://127.0.0.1:{PORT}/model.safetensors"))
+    (tmp_path / "far.yaml").write_text(qwen_card("far", f"http://127.0.0.1:{PORT}/model.safetensors"))
     master, _ = next(iter(two_networks.values()))
     started = []
     for number, (name, (_, interface)) in enumerate(two_networks.items()):

@@ -23,7 +23,7 @@ from lading.models.hf_config import family_of_folder
 from lading.models.hub import load_model, load_with_report
 from tests.distributed.tiny_models import far, save_model, whole
 from tests.distributed.workers import Pool
-from tests.helpers.make_checkpoint import make
+from tests.helpers.make_checkpoint import make, qwen_card
 
 Axes = dict[str, int]
 
@@ -220,16 +220,6 @@ def test_a_checkpoint_that_lacks_a_layer_of_one_stage(pool2: Pool, tmp_path: Pat
         assert "missing: model.layers.2" in str(outcome.error)
 
 
-CARD = """\
-name: tiny
-model_family: qwen
-checkpoint: tiny
-model_config:
-  {model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2, num_attn_heads: 4,
-   num_key_value_heads: 2, head_dim: 8, ffn_inner_dim: 64, qkv_proj_bias: false, q_norm: true, k_norm: true}
-"""
-
-
 def load_verified(environment: dict[str, str]) -> int:
     with pytest.MonkeyPatch.context() as patch, create_gangs("cpu", pp=2) as gangs:
         for name, value in environment.items():
@@ -241,7 +231,7 @@ def test_stages_check_what_they_read(pool2: Pool, home: Path) -> None:
     folder = home / "config" / "lading" / "cards"
     folder.mkdir(parents=True)
     file = make(folder / "tiny") / "model.safetensors"
-    (folder / "mine.yaml").write_text(CARD)
+    (folder / "mine.yaml").write_text(qwen_card("tiny", "tiny"))
     load_model("tiny", device="cpu", dtype="auto", verify="always", progress=False)
     environment = {n: v for n, v in os.environ.items() if n == "HOME" or n.startswith(("XDG_", "LADING_"))}
     # A layer and the table on the first rank; the other one, the normalization and the table again on the second.

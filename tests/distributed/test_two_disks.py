@@ -15,8 +15,7 @@ from lading.formats import index
 from lading.gangs import create_gangs, world
 from lading.models.hub import load_model
 from tests.distributed.workers import Pool
-from tests.helpers.fault_world import CARD
-from tests.helpers.make_checkpoint import make
+from tests.helpers.make_checkpoint import make, qwen_card
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def disks(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         make(tmp_path / host)
     here = tmp_path / "model.safetensors"
     here.symlink_to("/proc/self/cwd/model.safetensors")  # another file to each process
-    (tmp_path / "near.yaml").write_text(CARD.format(name="near", uri=here))
+    (tmp_path / "near.yaml").write_text(qwen_card("near", here))
     monkeypatch.chdir(tmp_path / "a")
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)
@@ -98,7 +97,7 @@ def test_a_slice_that_no_catalog_has_seen_is_compared_with_what_the_card_publish
     lading.write_digests(disks / "origin" / "model.safetensors", disks / "digests.json", progress=False)
     here = disks / "published.safetensors"
     here.symlink_to("/proc/self/cwd/model.safetensors")
-    (disks / "near.yaml").write_text(CARD.format(name="near", uri=here) + "digests: digests.json\n")
+    (disks / "near.yaml").write_text(qwen_card("near", here) + "digests: digests.json\n")
     lading.import_cards(disks / "near.yaml")
     damage(disks / "b" / "model.safetensors")
     first, second = pool.run(load_on, str(disks), each=["a", "b"])

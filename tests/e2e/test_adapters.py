@@ -33,7 +33,6 @@ from lading.models.hub import load_with_report
 from tests.helpers.make_adapter import (
     ADAPTER,
     Q_PROJ,
-    QWEN_CONFIG,
     SIZES,
     factors,
     train,
@@ -41,7 +40,7 @@ from tests.helpers.make_adapter import (
     within_one_ulp,
     write_adapter,
 )
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.make_checkpoint import CARD_CONFIG, make, tensors
 from tests.servers.hub import FakeHub
 
 Cli = Callable[..., Result]
@@ -54,7 +53,7 @@ model_config: {model_dim: 32, max_seq_len: 64, vocab_size: 64, num_layers: 2, nu
 """
 
 
-def add(cli: Cli, folder: Path, fields: str, *, family: str = "qwen", config: str = QWEN_CONFIG) -> None:
+def add(cli: Cli, folder: Path, fields: str, *, family: str = "qwen", config: str = CARD_CONFIG) -> None:
     """Import the card ``base`` of a folder's ``base``, and the card ``tuned`` with ``fields`` on top."""
     cards = f"name: base\nmodel_family: {family}\ncheckpoint: base\n{config}---\nname: tuned\nbase: base\n{fields}\n"
     (folder / "cards.yaml").write_text(cards)
@@ -250,7 +249,7 @@ def test_names_without_the_prefix_of_the_head(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_the_way_of_the_weight_through_joined_and_stacked_tensors(cli: Cli, tmp_path: Path) -> None:
-    """One expert of four, of which transformers stores each on its own, and joins them in memory."""
+    """One expert of four, which transformers stores one by one, and joins in memory."""
     import transformers
 
     sizes = SIZES | {"num_local_experts": 4}
@@ -339,7 +338,7 @@ def published(folder: Path) -> Iterator[dict[str, str]]:
 def test_an_adapter_of_a_hub(process: Run, tmp_path: Path) -> None:
     one_weight(tmp_path, base_model_name_or_path="some/base")
     (tmp_path / "cards.yaml").write_text(
-        f"name: far\nmodel_family: qwen\ncheckpoint: hg://some/base\nadapter: hg://some/lora\n{QWEN_CONFIG}---\n"
+        f"name: far\nmodel_family: qwen\ncheckpoint: hg://some/base\nadapter: hg://some/lora\n{CARD_CONFIG}---\n"
         f"name: near\nbase: far\ncheckpoint: base\nadapter: lora\n"
     )
     with published(tmp_path) as env:
@@ -400,7 +399,7 @@ def test_the_file_of_an_adapter_is_its_card_s(cli: Cli, tmp_path: Path) -> None:
 def test_removal_keeps_the_base_of_another_card(process: Run, tmp_path: Path) -> None:
     one_weight(tmp_path)
     (tmp_path / "cards.yaml").write_text(
-        f"name: base\nmodel_family: qwen\ncheckpoint: hg://some/base\n{QWEN_CONFIG}---\n"
+        f"name: base\nmodel_family: qwen\ncheckpoint: hg://some/base\n{CARD_CONFIG}---\n"
         f"name: tuned\nbase: base\nadapter: hg://some/lora\n---\nname: same\nbase: base\nadapter: hg://some/lora\n"
     )
     with published(tmp_path) as env:

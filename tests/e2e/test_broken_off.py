@@ -10,8 +10,8 @@ import pytest
 
 from lading.system.filesystem import FileStat
 from tests.helpers.cache_tools import require_consistent
-from tests.helpers.fault_world import CARD, INDEX, Place, World
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.fault_world import INDEX, Place, World
+from tests.helpers.make_checkpoint import make, qwen_card, tensors
 from tests.helpers.nursery import Ended
 from tests.helpers.torch_files import save_shards
 from tests.servers import hostile
@@ -58,7 +58,7 @@ def web(request: pytest.FixtureRequest, place: Place, tmp_path: Path) -> Iterato
     folder = make(tmp_path / "three", shards=3)
     files = {f"/m/{path.name}": path.read_bytes() for path in folder.iterdir()}
     with serve(files, silent_at(SHARDS[1]), **PLAIN[request.param]) as server:
-        (tmp_path / "three.yaml").write_text(CARD.format(name="three", uri=server.url(f"/m/{INDEX}")))
+        (tmp_path / "three.yaml").write_text(qwen_card("three", server.url(f"/m/{INDEX}")))
         place.run("import", tmp_path / "three.yaml")
         killed_when(place, "three", lambda: "reached" in server.state)
         server.state["go on"] = True
@@ -67,7 +67,7 @@ def web(request: pytest.FixtureRequest, place: Place, tmp_path: Path) -> Iterato
 
 
 def fetched(server: Server) -> list[str]:
-    """The shards of which more than the header was asked for."""
+    """The shards from which more than the header was read."""
     asked = [(path, headers.get("range", "-999999")) for method, path, headers in server.requests if method == "GET"]
     return sorted({path for path, wanted in asked if path in SHARDS and int(wanted.rpartition("-")[2]) > 20_000})
 
@@ -101,14 +101,14 @@ def test_a_shard_that_changed_meanwhile_is_fetched_again(web: Server, place: Pla
 
 @pytest.fixture(params=["safetensors", "bin"])
 def far(request: pytest.FixtureRequest, world: World, place: Place, tmp_path: Path) -> list[Path]:
-    """Where the shards of a checkpoint come on the hub, the second of which is slow; the model is ``three``."""
+    """The folders for the shards of a checkpoint on the hub, whose second one is slow; the model is ``three``."""
     folder = make(tmp_path / "three", shards=3)
     if request.param == "bin":
         for path in folder.glob("model*"):
             path.unlink()
         save_shards(folder, tensors(), 3)
     repo = world.hub.add("Some/Three", folder)
-    (tmp_path / "three.yaml").write_text(CARD.format(name="three", uri="hg://some/three"))
+    (tmp_path / "three.yaml").write_text(qwen_card("three", "hg://some/three"))
     place.run("import", tmp_path / "three.yaml")
     (commit,) = repo.commits
     shards = sorted(path.name for path in folder.glob("*-of-*"))

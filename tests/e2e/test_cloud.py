@@ -18,8 +18,8 @@ from safetensors.torch import load, load_file, save_file
 
 from lading import export_model, load_model
 from lading.models.hf_config import family_of_folder
-from tests.helpers.make_adapter import QWEN_CONFIG, factors, write_adapter
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.make_adapter import factors, write_adapter
+from tests.helpers.make_checkpoint import CARD_CONFIG, make, tensors
 from tests.servers.s3 import KEY, SECRET, Bucket, Moto, Request, find_rclone, rclone_server, use_gcs, use_s3
 
 Cli = Callable[..., Result]
@@ -235,7 +235,7 @@ def test_a_checkpoint_inside(cli: Cli, s3: Bucket, tmp_path: Path) -> None:
     (tmp_path / "cards.yaml").write_text(
         f"name: one\nmodel_family: qwen\ncheckpoint: {s3.uri}/runs/1\ncheckpoint_path: step 10\n"
         f"tokenizer: {s3.uri}/runs/1\ntokenizer_path: tok\n"
-        f"---\nname: two\nbase: one\ncheckpoint: {s3.uri}/runs/2/model.pt\ncheckpoint_path: null\n{QWEN_CONFIG}"
+        f"---\nname: two\nbase: one\ncheckpoint: {s3.uri}/runs/2/model.pt\ncheckpoint_path: null\n{CARD_CONFIG}"
         f"---\nname: three\nbase: two\ncheckpoint: {s3.uri}/runs/3.tar\ncheckpoint_path: run/model.pt\n"
     )
     cli("import", tmp_path / "cards.yaml")
@@ -345,7 +345,7 @@ def test_a_peer_that_serves_its_cache(
     shutil.copy(template, tmp_path / "other.sqlite")
     with rclone_server(rclone_program, cache, "http") as url:
         (tmp_path / "cards.yaml").write_text(
-            f"name: far\nmodel_family: qwen\ncheckpoint: {s3.uri}/far\n{QWEN_CONFIG}"
+            f"name: far\nmodel_family: qwen\ncheckpoint: {s3.uri}/far\n{CARD_CONFIG}"
             f"---\nname: far@elsewhere\ncheckpoint: {url}/{path.relative_to(cache)}\nsha256: {path.stem}\n"
         )
         monkeypatch.setenv("LADING_DATABASE_URL", f"sqlite:///{tmp_path / 'other.sqlite'}")

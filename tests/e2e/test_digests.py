@@ -15,21 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import lading
 from lading import CorruptModelCheckpointError, DigestMismatchError
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.make_checkpoint import make, qwen_card, tensors
 from tests.servers.hostile import Server, honest, serve
 from tests.servers.hub import FakeHub
 
 Cli = Callable[..., Result]
 
-CARD = """\
-name: {name}
-model_family: qwen
-checkpoint: {uri}
-digests: {digests}
-model_config: {{model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2,
-  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
-  ffn_inner_dim: 64}}
-"""
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -58,7 +49,7 @@ def move(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 def add(cli: Cli, folder: Path, uri: object, digests: object, name: str = "team") -> None:
-    (folder / f"{name}.yaml").write_text(CARD.format(name=name, uri=uri, digests=digests))
+    (folder / f"{name}.yaml").write_text(qwen_card(name, uri, digests=digests))
     cli("import", folder / f"{name}.yaml")
 
 
@@ -391,5 +382,5 @@ def test_what_is_no_document(cli: Cli, tmp_path: Path, digests: str, code: int, 
 
 
 def test_what_is_no_address(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "cards.yaml").write_text(CARD.format(name="team", uri="m", digests="[1]"))
+    (tmp_path / "cards.yaml").write_text(qwen_card("team", "m", digests="[1]"))
     assert ".digests" in cli("import", tmp_path / "cards.yaml", code=3).stderr

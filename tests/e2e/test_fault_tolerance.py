@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cache_tools import files_in
-from tests.helpers.fault_world import CARD, Place, World
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.fault_world import Place, World
+from tests.helpers.make_checkpoint import make, qwen_card, tensors
 from tests.helpers.nursery import may_mount
 
 # --- killed ----------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_what_a_card_publishes_holds_where_nothing_can_be_recorded(
     document, card = tmp_path / "digests.json", tmp_path / "card.yaml"
     folder = make(tmp_path / "m")
     place.run("digests", make(tmp_path / "origin"), "--write", document, "--no-progress")
-    card.write_text(f"{CARD.format(name='team', uri=folder)}digests: digests.json\n")
+    card.write_text(f"{qwen_card('team', folder)}digests: digests.json\n")
     place.run("import", card)
     ways = freeze(place.folder)
     place.run("load", "team", "--no-progress", **ways)

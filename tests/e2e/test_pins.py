@@ -16,21 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import lading
 from lading import DigestMismatchError
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.make_checkpoint import make, qwen_card, tensors
 from tests.servers.hostile import honest, serve
 from tests.servers.hub import FakeHub
 
 Cli = Callable[..., Result]
 
-CARD = """\
-name: {name}
-model_family: qwen
-checkpoint: {uri}
-sha256: {digests}
-model_config: {{model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2,
-  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
-  ffn_inner_dim: 64}}
-"""
 WRONG = "0" * 64
 
 
@@ -48,7 +39,7 @@ def sha256(path: Path) -> str:
 
 
 def add(cli: Cli, tmp_path: Path, uri: object, digests: object, name: str = "pinned") -> None:
-    (tmp_path / "cards.yaml").write_text(CARD.format(name=name, uri=uri, digests=json.dumps(digests)))
+    (tmp_path / "cards.yaml").write_text(qwen_card(name, uri, sha256=json.dumps(digests)))
     cli("import", tmp_path / "cards.yaml")
 
 
@@ -237,7 +228,7 @@ def test_what_is_no_file_of_the_checkpoint(cli: Cli, tmp_path: Path, shards: int
 
 @pytest.mark.parametrize("digests", ["abc", 5, ["0" * 64], {"a": "0"}, {"a": None}])
 def test_what_is_no_digest(cli: Cli, tmp_path: Path, digests: object) -> None:
-    (tmp_path / "cards.yaml").write_text(CARD.format(name="pinned", uri="x", digests=json.dumps(digests)))
+    (tmp_path / "cards.yaml").write_text(qwen_card("pinned", "x", sha256=json.dumps(digests)))
     assert ".sha256" in cli("import", tmp_path / "cards.yaml", code=3).stderr
     (tmp_path / "slip.yaml").write_text(f"name: slip\nsha_256: {WRONG}\n")
     assert "Did you mean 'sha256'?" in cli("import", tmp_path / "slip.yaml").stderr
@@ -273,7 +264,7 @@ def test_an_overlay_loosens_nothing_unless_it_is_of_the_user(cli: Cli, tmp_path:
 
 def test_a_hint_names_the_environment(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "cards.yaml").write_text(
-        CARD.format(name="far", uri="http://127.0.0.1:9/m.safetensors", digests="null")
+        qwen_card("far", "http://127.0.0.1:9/m.safetensors", sha256="null")
         + "---\nname: far@lab\ncheckpoint: http://127.0.0.1:9/lab/m.safetensors\n"
     )
     cli("import", tmp_path / "cards.yaml")

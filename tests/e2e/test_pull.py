@@ -18,22 +18,13 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.make_checkpoint import make, qwen_card, tensors
 from tests.helpers.torch_files import save_shards
 from tests.servers.hub import TOKEN, FakeHub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 SHARD = "model-00001-of-00002.safetensors"
-
-CARD = """\
-name: {name}
-model_family: qwen
-checkpoint: {uri}
-model_config: {{model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: {layers},
-  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
-  ffn_inner_dim: 64}}
-"""
 
 
 @pytest.fixture
@@ -57,9 +48,9 @@ def run(process: Run, hub: FakeHub, tmp_path: Path) -> Run:
     }
     path = tmp_path / "cards.yaml"
     cards = [
-        CARD.format(name="far", uri="hg://some/tiny-qwen", layers=2),
-        CARD.format(name="misfit", uri="hg://some/tiny-qwen", layers=3),
-        CARD.format(name="pickled", uri="hg://some/tiny-qwen/model.pt", layers=2),
+        qwen_card("far", "hg://some/tiny-qwen"),
+        qwen_card("misfit", "hg://some/tiny-qwen").replace("num_layers: 2", "num_layers: 3"),
+        qwen_card("pickled", "hg://some/tiny-qwen/model.pt"),
     ]
     path.write_text("---\n".join(cards))
 
@@ -250,7 +241,7 @@ def test_another_revision_cannot_be_asked_for_offline(run: Run, hub: FakeHub) ->
 def test_a_card_that_is_gated_is_open_to_who_has_a_token(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.repositories["some/tiny-qwen"].gated = True
     path = tmp_path / "gated.yaml"
-    path.write_text(CARD.format(name="closed", uri="hg://some/tiny-qwen;gated=true", layers=2))
+    path.write_text(qwen_card("closed", "hg://some/tiny-qwen;gated=true"))
     run("import", path)
 
     assert "Request access at" in run("load", "closed", code=7).stderr
@@ -279,7 +270,7 @@ def test_a_repository_of_before_safetensors(run: Run, hub: FakeHub, tmp_path: Pa
     (folder / "model.safetensors").unlink()
     save_shards(folder, {name: _turned(value) for name, value in tensors().items()})
     hub.add("Some/Before", folder)
-    (tmp_path / "before.yaml").write_text(CARD.format(name="before", uri="hg://some/before", layers=2))
+    (tmp_path / "before.yaml").write_text(qwen_card("before", "hg://some/before"))
     run("import", tmp_path / "before.yaml")
 
     run("index", "before")
@@ -301,7 +292,7 @@ def test_a_repository_of_one_file_of_before_safetensors(run: Run, hub: FakeHub, 
     (folder / "tokenizer.json").write_text("{}")
     torch.save(tensors(), folder / "pytorch_model.bin")
     hub.add("Some/Before", folder)
-    (tmp_path / "before.yaml").write_text(CARD.format(name="before", uri="hg://some/before", layers=2))
+    (tmp_path / "before.yaml").write_text(qwen_card("before", "hg://some/before"))
     run("import", tmp_path / "before.yaml")
 
     assert json.loads(run("pull", "before", "--dry-run", "--json").stdout)[0]["fetched"]
@@ -329,7 +320,7 @@ def test_a_quantized_repository_of_before_safetensors_is_refused(run: Run, hub: 
     (folder / "model.safetensors").unlink()
     save_shards(folder, tensors())
     hub.add("Some/Before", folder)
-    (tmp_path / "before.yaml").write_text(CARD.format(name="before", uri="hg://some/before", layers=2))
+    (tmp_path / "before.yaml").write_text(qwen_card("before", "hg://some/before"))
     run("import", tmp_path / "before.yaml")
 
     assert "gptq" in run("load", "before", code=2).stderr
@@ -342,7 +333,7 @@ def test_a_shard_that_the_repository_lacks(run: Run, hub: FakeHub, tmp_path: Pat
     save_shards(folder, tensors())
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
     hub.add("Some/Before", folder)
-    (tmp_path / "before.yaml").write_text(CARD.format(name="before", uri="hg://some/before", layers=2))
+    (tmp_path / "before.yaml").write_text(qwen_card("before", "hg://some/before"))
     run("import", tmp_path / "before.yaml")
 
     assert "'pytorch_model-00002-of-00002.bin'" in run("load", "before", code=4).stderr
@@ -373,7 +364,7 @@ def web(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.few(1)
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt", "pytorch_model.bin.index.json"])
 def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) -> None:
-    (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/{file}", layers=2))
+    (tmp_path / "cards.yaml").write_text(qwen_card("web", f"{web}/{file}"))
     cache = {"LADING_OFFLINE": "", "LADING_CACHE_DIR": str(tmp_path / "cache")}
 
     def run(*words: str, **env: str) -> str:
@@ -392,7 +383,7 @@ def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) ->
 
 
 def test_a_repair_that_fails_leaves_the_files_as_they_were(process: Run, web: str, tmp_path: Path) -> None:
-    (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/model.safetensors.index.json", layers=2))
+    (tmp_path / "cards.yaml").write_text(qwen_card("web", f"{web}/model.safetensors.index.json"))
     cache = {"LADING_OFFLINE": "", "LADING_CACHE_DIR": str(tmp_path / "cache")}
     for words in (("import", str(tmp_path / "cards.yaml")), ("pull", "web", "--no-progress")):
         assert process(*words, env=cache).returncode == 0
@@ -420,7 +411,7 @@ def test_what_a_web_server_has_not(
     monkeypatch.setenv("LADING_OFFLINE", "0")
     monkeypatch.setenv("LADING_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "web" / "words.txt").write_text("a b")
-    (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/{file}", layers=2))
+    (tmp_path / "cards.yaml").write_text(qwen_card("web", f"{web}/{file}"))
     cli("import", tmp_path / "cards.yaml")
 
     assert "has no revisions, but 'main' was requested" in cli("pull", "web", "--revision", "main", code=2).stderr
@@ -432,7 +423,7 @@ def test_what_a_web_server_has_not(
 
     words = ("pull", "web", "--include", "words.txt", "--include", "none.txt", "--no-progress", "--json")
     done = cli(*words)
-    assert "there is no file 'none.txt' beside" in done.stderr
+    assert "no file 'none.txt' is beside" in done.stderr
     (path,) = (row["path"] for row in json.loads(done.stdout) if row["name"] == "words.txt")
     assert Path(path).read_text() == "a b"
     cli("rm", "web")

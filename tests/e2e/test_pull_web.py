@@ -14,19 +14,10 @@ from safetensors.torch import load, load_file, save_file
 
 import lading
 from lading.errors import DigestMismatchError, FetchError
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.make_checkpoint import make, qwen_card, tensors
 from tests.servers.hostile import Exchange, honest, serve
 
 Cli = Callable[..., Result]
-
-CARD = """\
-name: web
-model_family: qwen
-checkpoint: {uri}
-model_config: {{model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2,
-  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
-  ffn_inner_dim: 64}}
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +67,7 @@ def test_what_is_published_again_is_pulled(cli: Cli, tmp_path: Path, kind: str, 
         old=kind == "date",
         digests=kind == "digest",
     ) as server:
-        (tmp_path / "cards.yaml").write_text(CARD.format(uri=server.url(f"/m/{file}")))
+        (tmp_path / "cards.yaml").write_text(qwen_card("web", server.url(f"/m/{file}")))
         cli("import", tmp_path / "cards.yaml")
         cli("pull", "web", "--no-progress")
         before = loaded()
@@ -103,7 +94,7 @@ def test_what_is_published_again_is_pulled(cli: Cli, tmp_path: Path, kind: str, 
 def test_what_is_published_again_is_pulled_after_an_index_of_it(cli: Cli, tmp_path: Path) -> None:
     folder = make(tmp_path / "m")
     with serve(files_of(folder)) as server:
-        (tmp_path / "cards.yaml").write_text(CARD.format(uri=server.url("/m/model.safetensors")))
+        (tmp_path / "cards.yaml").write_text(qwen_card("web", server.url("/m/model.safetensors")))
         cli("import", tmp_path / "cards.yaml")
         cli("pull", "web", "--no-progress")
         before = loaded()
@@ -121,7 +112,7 @@ def test_what_is_published_again_is_pulled_after_an_index_of_it(cli: Cli, tmp_pa
 def test_a_load_refuses_what_took_the_place_of_the_indexed_file(cli: Cli, tmp_path: Path, kind: str) -> None:
     folder = make(tmp_path / "m")
     with serve(files_of(folder), etags=kind == "etag", old=kind == "date", digests=kind == "digest") as server:
-        (tmp_path / "cards.yaml").write_text(CARD.format(uri=server.url("/m/model.safetensors")))
+        (tmp_path / "cards.yaml").write_text(qwen_card("web", server.url("/m/model.safetensors")))
         cli("import", tmp_path / "cards.yaml")
         cli("index", "web")
         trained_further(folder)
@@ -141,7 +132,7 @@ def test_a_load_refuses_what_took_the_place_of_the_indexed_file(cli: Cli, tmp_pa
 def test_a_load_accepts_the_indexed_file_from_a_server_without_validators(cli: Cli, tmp_path: Path) -> None:
     folder = make(tmp_path / "m")
     with serve(files_of(folder)) as server:
-        (tmp_path / "cards.yaml").write_text(CARD.format(uri=server.url("/m/model.safetensors")))
+        (tmp_path / "cards.yaml").write_text(qwen_card("web", server.url("/m/model.safetensors")))
         cli("import", tmp_path / "cards.yaml")
         cli("index", "web")
         server.etags = False  # it was moved behind another server
@@ -156,7 +147,7 @@ def test_a_load_accepts_the_indexed_file_from_a_server_without_validators(cli: C
 def test_an_address_without_a_known_suffix(cli: Cli, tmp_path: Path, path: str) -> None:
     data = (make(tmp_path / "m") / "model.safetensors").read_bytes()
     with serve({path: data}) as server:
-        (tmp_path / "cards.yaml").write_text(CARD.format(uri=server.url(path)))
+        (tmp_path / "cards.yaml").write_text(qwen_card("web", server.url(path)))
         cli("import", tmp_path / "cards.yaml")
         assert cli("check", "web").stdout.startswith("ok")
         cli("pull", "web", "--no-progress")
@@ -171,7 +162,7 @@ def test_an_address_without_a_known_suffix(cli: Cli, tmp_path: Path, path: str) 
 @pytest.mark.parametrize("data", [b"", b"no checkpoint", b"\0" * 1000, b"<html>"])
 def test_what_is_no_checkpoint_at_an_address_without_a_suffix(cli: Cli, tmp_path: Path, data: bytes) -> None:
     with serve({"/12345": data}) as server:
-        (tmp_path / "cards.yaml").write_text(CARD.format(uri=server.url("/12345")))
+        (tmp_path / "cards.yaml").write_text(qwen_card("web", server.url("/12345")))
         cli("import", tmp_path / "cards.yaml")
         for words in (("pull", "web"), ("load", "web"), ("index", "web"), ("check", "web")):
             done = cli(*words, code=None)
@@ -185,7 +176,7 @@ def test_what_is_secret_in_an_address_is_in_no_message(cli: Cli, tmp_path: Path)
         texts = []
         for path in ("/m/model.safetensors", "/m/gone.safetensors", "/m/gone.pt", "/m/config.json", "/m/a.gguf"):
             uri = server.url(f"{path}?token=s3cret")
-            (tmp_path / "cards.yaml").write_text(CARD.format(uri=uri))
+            (tmp_path / "cards.yaml").write_text(qwen_card("web", uri))
             cli("import", "--replace", tmp_path / "cards.yaml")
             for words in (
                 ("pull", "web", "--dry-run"), ("pull", "web", "--revision", "main"), ("path", "web"),

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.test_misbehaving_servers import cases
 from tests.helpers.cache_tools import files_in
-from tests.helpers.fault_world import CARD, INDEX, Place, World
+from tests.helpers.fault_world import INDEX, Place, World
 from tests.helpers.make_adapter import factors, write_adapter
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.make_checkpoint import make, qwen_card, tensors
 from tests.helpers.nursery import Ended
 from tests.servers import hostile
 from tests.servers.hostile import Behaviour, Exchange, at, drips, drops, first, honest, serve, status
@@ -151,7 +151,7 @@ def test_files_that_are_here_are_read_here(place: Place, world: World) -> None:
 
 
 def test_by_the_card(place: Place, tmp_path: Path, world: World) -> None:
-    card = CARD.format(name="thin", uri=world.uris["web"])
+    card = qwen_card("thin", world.uris["web"])
     (tmp_path / "thin.yaml").write_text(card + "stream: true\n")
     place.run("import", tmp_path / "thin.yaml")
     shown = json.loads(place.run("load", "thin", "--no-progress", "--json").out)
@@ -188,7 +188,7 @@ def test_what_the_cache_has_no_room_for_is_streamed(place: Place, monkeypatch: p
 def test_what_cannot_be_streamed(place: Place, tmp_path: Path, world: World) -> None:
     torch.save(tensors(), tmp_path / "model.pt")
     with serve({"/model.pt": (tmp_path / "model.pt").read_bytes()}) as server:
-        (tmp_path / "old.yaml").write_text(CARD.format(name="old", uri=server.url("/model.pt")))
+        (tmp_path / "old.yaml").write_text(qwen_card("old", server.url("/model.pt")))
         place.run("import", tmp_path / "old.yaml")
         ended = load(place, "old", stream=True)
         assert "NotSupportedError" in ended.err
@@ -217,7 +217,7 @@ def test_what_cannot_be_streamed(place: Place, tmp_path: Path, world: World) -> 
 
 def test_pinned_files_are_verified_or_refused(place: Place, tmp_path: Path, world: World) -> None:
     pins = ", ".join(f"{name}: {digest}" for name, digest in world.shards.items())
-    (tmp_path / "pinned.yaml").write_text(CARD.format(name="pinned", uri=world.uris["web"]) + f"sha256: {{{pins}}}\n")
+    (tmp_path / "pinned.yaml").write_text(qwen_card("pinned", world.uris["web"]) + f"sha256: {{{pins}}}\n")
     place.run("import", tmp_path / "pinned.yaml")
     assert values(load(place, "pinned", stream=True))[2] is True
     assert values(load(place, "pinned", stream=True, verify="never"))[2] is True
@@ -228,7 +228,7 @@ def test_pinned_files_are_verified_or_refused(place: Place, tmp_path: Path, worl
 def test_by_the_digests_that_a_card_publishes(place: Place, tmp_path: Path, world: World) -> None:
     """The first stream of a machine that has never seen the bytes."""
     place.run("digests", "near", "--write", tmp_path / "digests.json", "--no-progress")
-    card = CARD.format(name="thin", uri=world.uris["web"]) + "digests: ./digests.json\n"
+    card = qwen_card("thin", world.uris["web"]) + "digests: ./digests.json\n"
     (tmp_path / "thin.yaml").write_text(card)
     place.run("import", tmp_path / "thin.yaml")
     assert values(load(place, "thin", stream=True, verify="always"))[1:3] == [True, True]
@@ -286,7 +286,7 @@ def test_a_copy_of_a_tied_parameter_is_compared(place: Place, tmp_path: Path) ->
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         with serve({f"/{path.name}": path.read_bytes() for path in folder.iterdir()}) as server:
             name = f"tied{differs}"
-            (tmp_path / f"{name}.yaml").write_text(CARD.format(name=name, uri=server.url("/model.safetensors")))
+            (tmp_path / f"{name}.yaml").write_text(qwen_card(name, server.url("/model.safetensors")))
             place.run("import", tmp_path / f"{name}.yaml")
             found.append(load(place, name, stream=True))
     assert values(found[0])[:2] == [values(load(place, "near"))[0], True]
@@ -297,7 +297,7 @@ def test_an_object_store(place: Place, tmp_path: Path, moto: Moto, world: World)
     bucket = moto.bucket()
     for path, data in world.web.files.items():
         bucket.put(path.removeprefix("/"), data)
-    (tmp_path / "s3.yaml").write_text(CARD.format(name="s3", uri=f"{bucket.uri}/m"))
+    (tmp_path / "s3.yaml").write_text(qwen_card("s3", f"{bucket.uri}/m"))
     place.run("import", tmp_path / "s3.yaml")
     with pytest.MonkeyPatch.context() as patch:
         use_s3(patch, moto.url)
@@ -343,7 +343,7 @@ def test_the_memory_beside_the_parameters(
 ) -> None:
     save_file(tensors(layers, dim=1024, ffn=4096), tmp_path / "large.safetensors")
     with serve({"/large.safetensors": (tmp_path / "large.safetensors").read_bytes()}) as server:
-        card = CARD.format(name="large", uri=server.url("/large.safetensors"))
+        card = qwen_card("large", server.url("/large.safetensors"))
         card = card.replace("model_dim: 32", "model_dim: 1024").replace("ffn_inner_dim: 64", "ffn_inner_dim: 4096")
         (tmp_path / "large.yaml").write_text(card.replace("num_layers: 2", f"num_layers: {layers}"))
         place.run("import", tmp_path / "large.yaml")
@@ -445,7 +445,7 @@ def test_an_interrupt_ends_all_requests(place: Place, world: World) -> None:
 
 def test_secrets_of_an_address_are_in_no_message(place: Place, tmp_path: Path, world: World) -> None:
     secret = f"{world.uris['web']}?token=s3cret"
-    (tmp_path / "secret.yaml").write_text(CARD.format(name="secret", uri=secret))
+    (tmp_path / "secret.yaml").write_text(qwen_card("secret", secret))
     place.run("import", tmp_path / "secret.yaml")
     place.run("index", "secret")
     world.web.behavior = behind_the_header(status(503))

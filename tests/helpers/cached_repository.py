@@ -11,19 +11,15 @@ from pathlib import Path
 import pytest
 
 import lading
+from tests.helpers.make_checkpoint import CARD_CONFIG, qwen_card
 from tests.servers.hub import LFS, git_blob
 
-CONFIG = """\
-model_family: qwen
-model_config:
-  {model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2, num_attn_heads: 4,
-   num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true, ffn_inner_dim: 64}
-"""
+CONFIG = f"model_family: qwen\n{CARD_CONFIG}"
 
 
 def add_cards(folder: Path, **checkpoints: str) -> None:
     """A card for each name; ``checkpoints`` are the URIs, and may go on with further lines."""
-    text = "---\n".join(f"name: {name}\ncheckpoint: {uri}\n{CONFIG}" for name, uri in checkpoints.items())
+    text = "---\n".join(qwen_card(name, uri) for name, uri in checkpoints.items())
     path = folder / "cards.yaml"
     path.write_text(text)
     lading.import_cards(path, replace=True)

@@ -13,22 +13,13 @@ from lading.catalog.check import check_catalog
 from lading.system.uris import path_uri
 from tests.helpers.cache_tools import require_consistent, require_consistent_hub
 from tests.helpers.catalog_tools import settings_in
-from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.make_checkpoint import make, qwen_card, tensors
 from tests.helpers.nursery import Ended, Nursery, clean_environment
 from tests.servers import hostile
 from tests.servers.hostile import Server, serve
 from tests.servers.hub import FakeHub
 
 INDEX = "model.safetensors.index.json"
-
-CARD = """\
-name: {name}
-model_family: qwen
-checkpoint: {uri}
-model_config: {{model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2,
-  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
-  ffn_inner_dim: 64}}
-"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ def open_world(home: Path, nursery: Nursery) -> Iterator[World]:
     with FakeHub() as hub, serve({f"/m/{name}": data for name, data in files.items()}) as web:
         hub.add("Some/Tiny", files)
         uris = {"far": "hg://some/tiny", "web": web.url(f"/m/{INDEX}"), "near": path_uri(folder)}
-        (home / "cards.yaml").write_text("---\n".join(CARD.format(name=name, uri=uri) for name, uri in uris.items()))
+        (home / "cards.yaml").write_text("---\n".join(qwen_card(name, uri) for name, uri in uris.items()))
         world = World(nursery, home, hub, web, digests, home / "catalog.sqlite", uris)
         Place(home, world).run("import", home / "cards.yaml")
         yield world

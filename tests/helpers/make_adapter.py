@@ -12,13 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-QWEN_CONFIG = """\
-model_config: {model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2,
-  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
-  ffn_inner_dim: 64}
-"""
-"""The configuration of :func:`tests.helpers.make_checkpoint.make` in a card."""
-
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0,

@@ -31,6 +31,21 @@ CONFIG = {
 }
 
 
+CARD_CONFIG = """\
+model_config: {model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2,
+  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
+  ffn_inner_dim: 64}
+"""
+"""The configuration in a card."""
+
+
+def qwen_card(name: str, uri: object, **fields: object) -> str:
+    """A card of the checkpoint; the values of other fields are as they stand in YAML."""
+    stated = {"name": name, "model_family": "qwen", "checkpoint": uri, **fields}
+
+    return "".join(f"{key}: {value}\n" for key, value in stated.items()) + CARD_CONFIG
+
+
 def qwen_config() -> QwenConfig:
     """What lading reads :data:`CONFIG` as."""
     from lading.families.qwen import QwenConfig
