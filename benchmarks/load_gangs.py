@@ -124,7 +124,7 @@ def transformers(folder: Path, sizes: dict[str, int]) -> Loader:
 
 
 def _fake_world() -> None:
-    """Be rank 0 of four, of which the others do not exist."""
+    """Be rank 0 of four; the others do not exist."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -3,7 +3,7 @@
     python benchmarks/plan.py
     python benchmarks/plan.py --layers 500 --tp 8 --sdp 16
 
-The checkpoint is a Qwen 3 of very many small layers, of which only the manifest exists: nothing is read. Timed is all
+The checkpoint is a Qwen 3 of very many small layers, as a manifest without bytes: nothing is read. Timed is all
 that ``lading plan`` does once it has the manifest: the model's module on the meta device, what each rank owns, and what
 its reads come to.
 """

@@ -5,7 +5,7 @@
 
 In a page, ``<!-- results: NAME found -->`` and ``<!-- end -->`` stand around a table that comes from
 ``benchmarks/results/NAME.json``; ``found-goals`` in place of ``found`` compares the ratios with the goals, and
-``machine`` names the machine. Where there is no such file, the
+``machine`` names the machine. Without such a file, the
 page says that nothing was measured yet.
 """
 

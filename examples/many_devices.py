@@ -1,4 +1,4 @@
-"""Load a model over several processes, each of which reads what it owns:
+"""Load a model over several processes, which each read what they own:
 
     torchrun --nproc-per-node 2 examples/many_devices.py NAME --tp 2
 

@@ -163,7 +163,7 @@ def test_files_of_torch_have_cards_too(tmp_path: Path) -> None:
 
     found = add(tmp_path)
     assert statuses(found) == {"best": "added", "strided": "added", str(tmp_path / "alone.pt"): "skipped"}
-    assert (found["best"].bytes, found["strided"].bytes) == (43_648, None), "without a rewrite nobody knows"
+    assert (found["best"].bytes, found["strided"].bytes) == (43_648, None), "only a rewrite tells"
     assert "--set model_family" in str(found[str(tmp_path / "alone.pt")].problem)
 
     assert statuses(add(tmp_path / "alone.pt", fields={"model_family": "qwen"})) == {"alone": "added"}

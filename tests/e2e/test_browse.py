@@ -131,7 +131,7 @@ def views_and_tables() -> list[str]:
 
 
 def test_who_sees_what(serving, more_cards, cli, catalog):
-    """Only the user who started it sees anything; nobody sees a secret, and nothing is written."""
+    """Only the user who started it sees anything, secrets are hidden, and nothing is written."""
     pages = [
         "/", "/catalog", "/-/model?name=tiny", "/-/model?name=signed", "/-/plan.svg?name=tiny", "/-/databases.json",
         f"/catalog.json?{urlencode({'sql': 'select * from cards'})}",

@@ -1,4 +1,4 @@
-"""`lading verify` of many models, some of which cannot be verified."""
+"""`lading verify` of many models, if some of them cannot be verified."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Cli = Callable[..., Result]
 
 @pytest.fixture
 def three(cards: Path, cli: Cli) -> Path:
-    """Cards of which one cannot be verified, between two others; its checkpoint's folder."""
+    """A card that cannot be verified, between two others; the folder of its checkpoint."""
     folder = make(cards.parent / "odd")
     more = cards.with_name("more.yaml")
     more.write_text(

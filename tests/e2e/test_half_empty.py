@@ -1,4 +1,4 @@
-"""Snapshots of which only a part is in the cache, without a network: what is missing is said, and how it comes."""
+"""Snapshots that are only in part in the cache, without a network: what is missing is said, and how to get it."""
 
 from __future__ import annotations
 

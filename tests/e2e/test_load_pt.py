@@ -98,7 +98,7 @@ def _archive(folder: Path, model: Qwen) -> Path:
 
 
 def _strided(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Its state, no matrix of which lies row after row."""
+    """Its state, in which no matrix lies row after row."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     return {name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in state.items()}
 

@@ -79,7 +79,7 @@ def fetched_by_http(uri: str, file: Path, *, in_catalog: bool = True) -> Path:
 
 
 def fetched_from_hub(uri: str, snapshot: Path) -> None:
-    """A snapshot of which lading fetched the checkpoint."""
+    """A snapshot whose checkpoint lading fetched."""
     manifest = index(snapshot)
     copies = [
         LocalCopy(

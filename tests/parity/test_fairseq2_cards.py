@@ -95,7 +95,7 @@ def test_card_files_of_all_families_are_read_and_written(name: str) -> None:
 
 
 def test_all_card_files_make_one_catalog() -> None:
-    """Whose families are not all known here, and one card of which has a base that does not exist."""
+    """Not all of their families are known here, and one card has a base that does not exist."""
     cards = [card for name in FILES for card in entries(FILES[name])]
 
     found = parse(dump(cards).encode(), source="stdin")

@@ -1,4 +1,4 @@
-"""Decoders as fairseq2 saves them, of which ``dump_fairseq2_decoders.py`` wrote tiny random ones beside this file."""
+"""Decoders as fairseq2 saves them; ``dump_fairseq2_decoders.py`` wrote tiny random ones beside this file."""
 
 from __future__ import annotations
 

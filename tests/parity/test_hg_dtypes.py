@@ -102,7 +102,7 @@ def differences(ours: Module, expected: Module) -> list[str]:
 
 
 def compare(model_type: str, folder: Path) -> list[str] | None:
-    """Return what differs from ``from_pretrained``, or ``None`` where there is nothing to compare."""
+    """Return what differs from ``from_pretrained``, or ``None`` if nothing can be compared."""
     model = small_model(model_type)
     if model is None:
         return None

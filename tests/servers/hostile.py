@@ -289,7 +289,7 @@ def drips_headers(exchange: Exchange) -> None:
 
 
 def drips_of_nothing(exchange: Exchange) -> None:
-    """A body in chunks of which the first one's header does not end, though a byte of it comes every now and then."""
+    """A body in chunks; the header of the first one never ends, though a byte of it comes every now and then."""
     exchange.answer(200, {**exchange.about(), "Transfer-Encoding": "chunked"}, b"5;")
     while not exchange.hub.closing.wait(0.02):
         exchange.wfile.write(b"x")

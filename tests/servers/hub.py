@@ -241,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token and token not in self.hub.tokens:
             self._fail(401, None, "Invalid credentials in Authorization header")
         if found is None or (found.private and token not in self.hub.members):
-            # Nobody learns whether a private one is there.
+            # The answer does not tell whether a private one is there.
             self._fail(404 if token else 401, "RepoNotFound", "Repository not found")
         assert found is not None
         return found, spelled, parts[count:]

@@ -1,4 +1,4 @@
-"""Mistakes in a program over the hubs, all of which fairseq2's types find: mypy and pyright must refuse these lines.
+"""Mistakes in a program over the hubs, which fairseq2's types find: mypy and pyright must refuse these lines.
 
 With ``warn_unused_ignores`` and ``reportUnnecessaryTypeIgnoreComment``, a mistake that they do not find is an error.
 """

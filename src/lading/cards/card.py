@@ -400,7 +400,7 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 
 def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mapping[str, CardEntry]]) -> AssetCard | None:
-    """Return the card that ``name`` stands for; ``None`` if there is no entry of that name.
+    """Return the card that ``name`` stands for; ``None`` without an entry of that name.
 
     :param envs: environments in the order in which their overlays are tried; the first existing one is applied.
     :param look_up: returns all entries of a name, by environment (the card itself under the empty one).

@@ -31,7 +31,7 @@ from lading.system.settings import Settings
 def check_catalog(settings: Settings) -> list[str]:
     """Return the problems of the catalog, one line each: damage, lost references, a schema or columns that drifted.
 
-    :raises CatalogError: there is no catalog, or the file is something else.
+    :raises CatalogError: the catalog does not exist, or the file is something else.
     """
     target = Target.from_url(settings.database_url)
     if (target.path is not None or not target.is_sqlite) and not path_exists(target):

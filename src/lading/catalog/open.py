@@ -40,7 +40,7 @@ _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 def open_catalog(settings: Settings) -> Database:
     """Open the catalog, create it on first use, and update it from the package and the user's card files.
 
-    If there is no catalog and none can be made, this warns and keeps the built-in cards in memory.
+    Without a catalog, and if none can be made, this warns and keeps the built-in cards in memory.
 
     :raises CatalogError: the file is something else, is damaged, or was changed by something other than lading.
     :raises CatalogOutdatedError: the schema is older or newer than this code.
@@ -92,7 +92,7 @@ def open_catalog(settings: Settings) -> Database:
 def open_catalog_readonly(settings: Settings) -> Database:
     """Open the catalog to read it as it is, without creating it, updating it or waiting.
 
-    :raises CatalogError: there is no catalog, it is of another version, or another process holds it.
+    :raises CatalogError: the catalog does not exist, it is of another version, or another process holds it.
     :raises OSError: the file cannot be read.
     """
     target = Target.from_url(settings.database_url)

@@ -259,7 +259,7 @@ def _ask_sqlite(
         try:
             cursor = connection.execute(sql, parameters)
             if cursor.description is None:
-                raise QueryError("There is no query. For example: lading sql 'select name, status from models'")
+                raise QueryError("The query is empty. For example: lading sql 'select name, status from models'")
             return tuple(name for name, *_ in cursor.description), _fetch(cursor, most)
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
             # Older Pythons raise `Warning` for a second statement.
@@ -316,7 +316,7 @@ def _ask_server(
 ) -> tuple[tuple[str, ...], _Rows]:
     statement = sql.strip().rstrip(";").rstrip()
     if not statement:
-        raise QueryError("There is no query. For example: lading sql 'select name, status from models'")
+        raise QueryError("The query is empty. For example: lading sql 'select name, status from models'")
     if ";" in statement:
         raise PolicyError("`lading sql` takes one statement; write a semicolon in a text as a parameter.")
     first = _first_word(statement)

@@ -287,7 +287,7 @@ class AssetStore:
     def architecture(self, name: str, family: str) -> Architecture:
         """Return the architecture ``name`` of ``family``, with its bases.
 
-        :raises ModelArchitectureNotKnownError: there is no such architecture.
+        :raises ModelArchitectureNotKnownError: the architecture does not exist.
         :raises AssetCardError: a base of it is missing, or leads back to it.
         """
         found = self.maybe_architecture(name, family)
@@ -298,7 +298,7 @@ class AssetStore:
         return found
 
     def maybe_architecture(self, name: str, family: str) -> Architecture | None:
-        """Return the architecture like :meth:`architecture`, but ``None`` if there is no such architecture."""
+        """Return the architecture like :meth:`architecture`, but ``None`` if it does not exist."""
         if not _is_text(name + family):
             return None
 

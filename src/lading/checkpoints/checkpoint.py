@@ -294,6 +294,6 @@ def local_checkpoint(path: Path, *, inner_path: str | None = None) -> Path:
 
     # The format of a file decides about a path that continues inside of it.
     if not path.exists() and formats.container_of(path) is None:
-        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
+        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: the path does not exist.")
 
     return path

@@ -267,7 +267,7 @@ def _or_cached(fetch: Callable[[Settings], Sequence[FetchedFile]], settings: Set
 def read_or_fetch_config(
     checkpoint: Checkpoint, store: AssetStore | None, name: str = CONFIG_NAME
 ) -> Mapping[str, object]:
-    """Return the ``config.json`` beside a checkpoint, fetched if it is missing here; empty if there is no such file.
+    """Return the ``config.json`` beside a checkpoint, fetched if it is missing here; empty if it does not exist.
 
     :param name: another name of it.
 

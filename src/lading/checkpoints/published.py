@@ -28,7 +28,7 @@ class PublishedCheckpoint:
     revision: str
     """The commit of the source; empty if it has no commits."""
     hf_config: Mapping[str, object]
-    """The ``config.json`` beside it; empty if there is no such file."""
+    """The ``config.json`` beside it; empty without such a file."""
     inner: str | None
     """The checkpoint within the source, a file or a folder; ``None``: the source as a whole."""
     snapshot: Snapshot
@@ -191,7 +191,7 @@ class PublishedFiles:
 
 
 def published_config(files: PublishedFiles, folder: str) -> Mapping[str, object]:
-    """Return the ``config.json`` in a folder of a source; empty if there is no such file.
+    """Return the ``config.json`` in a folder of a source; empty if it does not exist.
 
     :raises CorruptModelCheckpointError: it is too large, or is not a JSON object.
     """

@@ -16,7 +16,7 @@ The complete definition, sufficient for another implementation:
    is 1, too, whatever ``d`` is, and ``segment`` is the whole tensor.
 3. *Leaves.* Rows form groups of ``g``: the largest power of two such that ``g · k · segment`` is at most :data:`LEAF`,
    or 1 if a single row is larger; the last group may be smaller. The bytes of a block in a group, row after row, are
-   cut into pieces of :data:`LEAF` bytes, the last of which may be shorter: these are the leaves of the block, ordered
+   cut into pieces of :data:`LEAF` bytes (the last one may be shorter): these are the leaves of the block, ordered
    by group and then by piece. A tensor without elements has no leaves.
 4. *Digest of a leaf*: the hash of its bytes, in the context :data:`LEAF_CONTEXT`.
 5. *Digest of a block*: the hash of the concatenated digests of its leaves (even if there is one, or none), in the

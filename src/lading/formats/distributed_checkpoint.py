@@ -119,7 +119,7 @@ def index_distributed(folder: Path, *, restrict: bool = True, state_dict: str | 
     :param restrict: see :func:`lading.formats.index`.
     :param state_dict: the dotted path of the state dict of the model; default: the usual ones.
 
-    :raises CheckpointNotFoundError: there is no ``.metadata``, or nothing at ``state_dict``.
+    :raises CheckpointNotFoundError: ``.metadata`` is missing, or nothing is at ``state_dict``.
     :raises CorruptModelCheckpointError: it is damaged, a file is missing or damaged, or they disagree about a tensor.
     :raises RefusedPickleError: unpickling it would import something that the metadata does not need.
     :raises NotSupportedError: a tensor is not a plain range of bytes.

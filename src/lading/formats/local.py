@@ -71,7 +71,7 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
     :param restrict: whether to refuse a file of ``torch.save`` that names anything that a state dict does not need;
         else such objects are skipped. They are never imported. Only this argument can loosen the rule, no card can.
 
-    :raises CheckpointNotFoundError: ``path`` does not exist, or there is no checkpoint in that folder or archive.
+    :raises CheckpointNotFoundError: ``path`` does not exist, or is a folder or archive without a checkpoint.
     :raises NotSupportedError: the format, or a tensor, is not supported.
     :raises CorruptModelCheckpointError: a file breaks the rules of its format, or changed while it was read; a file
         that the index names is missing; or ``path`` is neither a folder nor a regular file.

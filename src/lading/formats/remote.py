@@ -74,7 +74,7 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
 
     :param name: a safetensors file among ``files``, an index of several, or a folder; default: the folder of all.
 
-    :raises CheckpointNotFoundError: there is no such file, or no checkpoint in that folder.
+    :raises CheckpointNotFoundError: the file does not exist, or that folder holds no checkpoint.
     :raises NotByHeadersError: ``torch.save`` wrote it.
     :raises NotSupportedError: its format is not supported.
     :raises CorruptModelCheckpointError: a file breaks the rules of its format, or has another size than stated; a file

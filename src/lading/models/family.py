@@ -114,8 +114,8 @@ class Family(Generic[ModelT, ModelConfigT]):
     """A function that unties parameters, for a checkpoint that stores different values for them. ``None`` means that
     such a checkpoint is refused."""
     complete: Callable[[ModelConfigT, Mapping[str, object]], ModelConfigT] | None = None
-    """A function that completes a configuration from the ``config.json`` beside the checkpoint (empty if there is no
-    file), for a family whose cards do not contain the sizes of their models.
+    """A function that completes a configuration from the ``config.json`` beside the checkpoint (empty without
+    one), for a family whose cards do not contain the sizes of their models.
 
     :raises NotSupportedError: the file requires something that the family does not support.
     :raises PolicyError: the file requires code of a repository.

@@ -29,7 +29,7 @@ def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple
 
     :param asked: as :func:`family_of_config` takes it.
 
-    :raises CheckpointNotFoundError: there is no such folder (also a ``FileNotFoundError``).
+    :raises CheckpointNotFoundError: the folder does not exist (also a ``FileNotFoundError``).
     :raises NotSupportedError: no ``config.json``, or a model type that no registered family reads.
     """
     local_checkpoint(path)

@@ -179,9 +179,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
         concrete = _effective_dtype(dtype)
         if not isinstance(concrete, torch.dtype):
-            raise ValueError(
-                "`dtype` must be a dtype for a new model, as there is no checkpoint that has one of its own"
-            )
+            raise ValueError("`dtype` must be a dtype for a new model, as no checkpoint states one")
 
         model = agreed(
             effective, lambda: create_model(self._family, config, gangs=effective, dtype=concrete, meta=meta)

@@ -201,7 +201,7 @@ def _read_config_json(
 def _family_of_config_json(card: AssetCard, asked: Family[Any, Any] | None, checkpoint: Checkpoint) -> Family[Any, Any]:
     """Return the family of the ``config.json`` beside the checkpoint of a card that names none.
 
-    :raises AssetCardError: there is no such file, or it is of another family than the one that is asked for.
+    :raises AssetCardError: the file does not exist, or is of another family than the one that is asked for.
     :raises NotSupportedError: no registered family reads it.
     """
     if not checkpoint.hf_config and card.source:

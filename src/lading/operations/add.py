@@ -149,7 +149,7 @@ def resolve_target(target: str | Path) -> str | Path:
     if not str(target) or not is_there(path):  # an empty variable of a shell is not the current folder
         hint = f" Did you mean hg://{path}?" if "/" in str(path) and is_repo_id(str(path)) else ""
         where = str(target) or repr("")
-        raise CheckpointNotFoundError(path, f"No checkpoint is at {where}: there is no such file or folder.{hint}")
+        raise CheckpointNotFoundError(path, f"No checkpoint is at {where}: the path does not exist.{hint}")
 
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 

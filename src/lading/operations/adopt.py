@@ -110,7 +110,7 @@ def adopt_checkpoints(
     A checkpoint in a Hugging Face cache belongs to the cards that name its repository, and is verified when it is first
     loaded. A checkpoint in another folder belongs to a card if its bytes have the digests that the catalog knows for
     the card's checkpoint; else it is known only by its path. What the catalog knows of a checkpoint moves with it to
-    another path, unless cards state the earlier one. ``torch.save`` files are adopted if there is no safetensors file
+    another path, unless cards state the earlier one. ``torch.save`` files are adopted if they have no safetensors file
     and their tensors are contiguous. Weights that lading does not load are recorded as artifacts, with what they are.
 
     :param paths: folders, searched at any depth; default: the cache of Hugging Face's libraries.

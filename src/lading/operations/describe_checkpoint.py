@@ -43,7 +43,7 @@ class Description:
     """The path, or the address without secrets."""
     place: Place
     fields: Mapping[str, object]
-    """The fields of a card; without ``model_family`` if there is no ``config.json``."""
+    """The fields of a card; without ``model_family`` if ``config.json`` is missing."""
     adapter_of: str | None = None
     """The name or the path of the model that an adapter was trained on; empty if its configuration does not say."""
     manifest: Manifest | None = None
@@ -73,7 +73,7 @@ class Description:
     def require_family(self, fields: Mapping[str, object]) -> None:
         """Require that the fields of the card state the family of the model.
 
-        :raises NotSupportedError: they do not, as there is no ``config.json``.
+        :raises NotSupportedError: they do not, as ``config.json`` is missing.
         """
         if {"model_family", "base"} & fields.keys():
             return

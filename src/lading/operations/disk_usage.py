@@ -235,7 +235,7 @@ def find_orphans(store: AssetStore, held: Sequence[LocalCheckpoint]) -> Orphans:
             (entry, tuple(path for sha256 in _digests_of(entry) - needed if (path := cache.find(sha256)) is not None))
             for entry in sorted(gone, key=lambda entry: (entry.uri, entry.key))
         ),
-        # An unknown file belongs to this catalog only if there is no other one.
+        # An unknown file belongs to this catalog only if it is the only one.
         strays=tuple(path for path in strays if path in own or not shared),
         needed=frozenset(needed),
     )

@@ -243,7 +243,7 @@ def require_links_inside(path: Path, place: FoundCheckpoint) -> None:
     :param path: a folder, a file, or an index.
 
     :raises PolicyError: a link leads out of the place.
-    :raises CheckpointNotFoundError: there is no checkpoint (also a ``FileNotFoundError``).
+    :raises CheckpointNotFoundError: no checkpoint is there (also a ``FileNotFoundError``).
     :raises NotSupportedError: its format is not supported.
     :raises CorruptModelCheckpointError: its index breaks the rules of the format.
     """

@@ -258,7 +258,7 @@ def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str], 
     more = source.with_siblings(snapshot, names)
     for name in names:
         if more.file(name) is None:
-            log.warning("there is no file %r beside %s", name, shown_uri(ref.uri))
+            log.warning("no file %r is beside %s", name, shown_uri(ref.uri))
 
     return more
 

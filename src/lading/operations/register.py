@@ -31,7 +31,7 @@ def register_model(name: str, path: str | Path, *, base: str | None = None, **fi
     :returns: the card.
 
     :raises CheckpointNotFoundError: nothing is at the path (also a ``FileNotFoundError``).
-    :raises AssetNotFoundError: there is no card ``base``.
+    :raises AssetNotFoundError: the card ``base`` does not exist.
     :raises AssetCardError: another source has a card of this name; or the name or a field is not valid.
     :raises NotSupportedError: the checkpoint is quantized, or of a format or a model type that lading does not support;
         or its folder has no ``config.json``, and neither ``base`` nor ``model_family`` is given.

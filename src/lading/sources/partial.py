@@ -339,14 +339,14 @@ def _place() -> str:
 
 
 def _start_time(pid: int) -> int | None:
-    """Return the start time of a process, in clock ticks since boot; ``None`` if there is no such process."""
+    """Return the start time of a process, in clock ticks since boot; ``None`` if it does not exist."""
     fields = _process(pid)
 
     return None if fields is None else int(fields[19])
 
 
 def _process(pid: int) -> list[str] | None:
-    """Return the fields of a process from its state on; ``None`` if there is no such process, or it has ended.
+    """Return the fields of a process from its state on; ``None`` if it does not exist, or has ended.
 
     Source: proc_pid_stat(5), fields 3 and following.
     """

@@ -63,7 +63,7 @@ NO_HOME = Path(os.devnull, "no-home")
 def storage_path(path: str | Path) -> Path:
     """Return the absolute path of a file or folder that lading may create, with a leading ``~`` expanded.
 
-    If there is no home folder, the result is below :data:`NO_HOME`, so that no folder named ``~`` is ever created.
+    Without a home folder, the result is below :data:`NO_HOME`, so that no folder named ``~`` is ever created.
     """
     found = expand_home(path)
     if found.parts[:1] and found.parts[0].startswith("~"):

@@ -234,7 +234,7 @@ def offered_sizes(root: Path = TRANSPARENT) -> list[PageSize]:
 
 
 def _chosen(path: Path) -> str | None:
-    """Return the value in brackets of a file of settings; ``None`` if there is no such file."""
+    """Return the value in brackets of a file of settings; ``None`` if it does not exist."""
     try:
         text = path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):

@@ -378,7 +378,7 @@ def test_warnings(database: Database) -> None:
     )
     assert import_files(database, [card_file(text)]).warnings == (
         "a.yaml[1]: the card 'b' is based on 'nowhere', which is not in the catalog",
-        "a.yaml[2]: there is no card 'c' for the overlay 'user'",
+        "a.yaml[2]: the card 'c' for the overlay 'user' does not exist",
         "a.yaml[3]: the qwen architecture 'x' is based on 'y', which is not in the catalog",
         "no installed package registers the model family 'nobody', so a cannot be loaded; install it, or see "
         "`lading families`",

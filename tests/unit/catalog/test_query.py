@@ -184,9 +184,9 @@ def test_a_query_in_memory(tmp_path: Path) -> None:
         ("SELECT abs(-9223372036854775808)", "integer overflow"),
         ("SELECT 1 \0", "null character|embedded null|unrecognized token"),
         ("SELECT '\ud800'", "surrogates|encode"),
-        ("", "There is no query"),
-        ("  -- nothing\n", "There is no query"),
-        (";", "There is no query"),
+        ("", "The query is empty"),
+        ("  -- nothing\n", "The query is empty"),
+        (";", "The query is empty"),
     ],
 )
 def test_mistakes(database: Database, sql: str, words: str) -> None:

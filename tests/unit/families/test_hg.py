@@ -155,7 +155,7 @@ def test_code_of_a_repository_is_not_looked_at_where_transformers_has_the_model(
 @pytest.mark.parametrize(
     ("values", "fields", "message"),
     [
-        ({}, {}, "no such file"),
+        ({}, {}, "the file does not exist"),
         ({"model_type": "no_such"}, {}, "'no_such'"),
         ({"model_type": 3}, {}, "3"),
         (GPT2, {"model_type": "seq2seq_lm"}, "AutoModelForSeq2SeqLM"),

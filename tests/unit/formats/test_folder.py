@@ -1,4 +1,4 @@
-"""The file of a folder that is the checkpoint, and the error if there is none."""
+"""The file of a folder that is the checkpoint, and the error if none is there."""
 
 from __future__ import annotations
 

@@ -516,7 +516,7 @@ def test_the_part_of_a_rank_is_vouched_for(tmp_path: Path, dtype: str, on_device
 
 
 def test_blocks_across_parts_that_are_wanted_one_after_the_other(tmp_path: Path) -> None:
-    """A tensor of which parts go to several parameters, and no part ends where a block does."""
+    """A tensor whose parts go to several parameters, and no part ends where a block does."""
     manifest, file = checkpoint(tmp_path, [("BF16", (24, 10))])
     boxes = [Box((0, 0), (10, 10)), Box((10, 0), (7, 10)), Box((17, 0), (7, 10))]
     wanted = Wanted(tensors=[0, 0, 0], boxes=boxes, dtypes=["BF16"] * 3)

@@ -176,7 +176,7 @@ def read_digests(session: Session, checkpoint_id: int, manifest: Manifest) -> Di
             return None
         for position, dim, blocks in found:
             if not 0 <= position < len(rows):
-                raise ValueError(f"there is no tensor {position}")
+                raise ValueError(f"tensor {position} does not exist")
             rows[position] = (dim, bytes(blocks))
 
         return recorded(manifest, rows)

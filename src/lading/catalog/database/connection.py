@@ -52,7 +52,7 @@ def memory_engine() -> Engine:
 def server_engine(target: Target) -> Engine:
     """Return an engine for a database server.
 
-    :raises CatalogError: the driver is not installed, or there is no driver of that name.
+    :raises CatalogError: the driver is not installed, or does not exist.
     """
     try:
         return create_engine(target.url, poolclass=NullPool)
@@ -66,7 +66,7 @@ def server_engine(target: Target) -> Engine:
 def connect_readonly(path: Path, *, patience_s: float | None = None) -> sqlite3.Connection:
     """Connect without a way to write; also to a file in a read-only folder.
 
-    Even reading a database in WAL mode takes its shared memory. If that cannot be made and there is no log, this opens
+    Even reading a database in WAL mode takes its shared memory. If that fails and the log is missing, this opens
     the file as one that does not change: without other users, it does not.
 
     :param patience_s: as for :func:`lading.catalog.database.target.connect`.

@@ -75,7 +75,7 @@ class UpgradeReport:
 def migrate(connection: Connection, revision: str = "head", *, down: bool = False) -> None:
     """Run migrations in the transaction that ``connection`` is in.
 
-    :raises CatalogError: there is no such revision.
+    :raises CatalogError: the revision does not exist.
     """
     from alembic import command
     from alembic.util import CommandError
@@ -90,7 +90,7 @@ def migrate(connection: Connection, revision: str = "head", *, down: bool = Fals
 
 
 def version_of(connection: Connection) -> int:
-    """Return the version of the schema; zero if there is no schema."""
+    """Return the version of the schema; zero without a schema."""
     if connection.dialect.name == "sqlite":
         return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
 
@@ -194,7 +194,7 @@ def downgrade(settings: Settings, to: str) -> Path | None:
 
     :returns: the path of the backup.
 
-    :raises CatalogError: there is no catalog or no such version, or the file is damaged.
+    :raises CatalogError: the catalog or the version does not exist, or the file is damaged.
     """
     target = Target.from_url(settings.database_url)
     before, true = _versions(target)
@@ -234,7 +234,7 @@ def _move(target: Target, version: int, *, down: bool) -> None:
 
 
 def _versions(target: Target) -> tuple[int, int]:
-    """Return the version that the catalog claims, and the one of its schema; zeros if there is no catalog.
+    """Return the version that the catalog claims, and the one of its schema; zeros without a catalog.
 
     :raises CatalogError: the file is something else, is damaged, or its schema is not that of any version.
     :raises CatalogOutdatedError: the catalog is newer than this code.
@@ -278,7 +278,7 @@ def backup(settings: Settings, target: Path | None = None) -> Path:
     :param target: a file that does not exist yet, or a folder. Default: beside the catalog, under a name with its
         version and the time.
 
-    :raises CatalogError: there is no catalog, or it has no file; the path of the copy exists already.
+    :raises CatalogError: the catalog does not exist, or has no file; the path of the copy exists already.
     :raises OSError: the copy cannot be written.
     """
     source = Target.from_url(settings.database_url)
@@ -359,7 +359,7 @@ def restore(settings: Settings, file: Path) -> RestoreReport:
 
     :raises CatalogError: the file is not a good catalog, or the catalog has no file; nothing was changed.
     :raises CatalogOutdatedError: the backup is newer than this code.
-    :raises FileNotFoundError: there is no such file.
+    :raises FileNotFoundError: the file does not exist.
     :raises OSError: the catalog cannot be written.
     """
     target = Target.from_url(settings.database_url)

@@ -48,14 +48,14 @@ class Target:
     def from_url(cls, text: str | None) -> Self:
         """Read a database URL.
 
-        :param text: ``None`` if there is no URL, as for a user without a home.
+        :param text: ``None`` without a URL, as for a user without a home.
 
         :raises CatalogError: not a URL, or one that a driver would read differently. The message shows nothing that may
             be a password.
         """
         if text is None:
             raise CatalogError(
-                "There is no place for a catalog: this user has no home folder. Set LADING_DATABASE_URL to a place "
+                "The catalog has no place: this user has no home folder. Set LADING_DATABASE_URL to a place "
                 "that can be written, such as sqlite:////data/catalog.sqlite."
             )
         try:
@@ -203,7 +203,7 @@ def foreign(target: Target) -> CatalogError:
 
 def no_catalog(target: Target) -> CatalogError:
     """Return the error for a place without a catalog."""
-    return CatalogError(f"There is no catalog at {target} yet. `lading list` makes one.")
+    return CatalogError(f"No catalog exists at {target} yet. `lading list` makes one.")
 
 
 def check_version(found: int, target: Target) -> None:

@@ -207,7 +207,7 @@ def _warnings(session: Session, cards: ImportPlan, architectures: ImportPlan) ->
         name, env = claim.key
         if env:
             wanted.setdefault(name, []).append(
-                f"{claim.entry.source}: there is no card {name!r} for the overlay {env!r}"
+                f"{claim.entry.source}: the card {name!r} for the overlay {env!r} does not exist"
             )
         elif claim.entry.base is not None:
             wanted.setdefault(claim.entry.base, []).append(

@@ -178,7 +178,7 @@ def _seed_news(sources: Mapping[str, Row[Any]]) -> dict[str, bytes] | None:
 def _package_folder(package: str) -> Path:
     """Return the folder of a package without importing it, as that may import torch.
 
-    :raises ModuleNotFoundError: there is no such package.
+    :raises ModuleNotFoundError: the package does not exist.
     """
     top, *inner = package.split(".")
     spec = importlib.util.find_spec(top)
@@ -187,7 +187,7 @@ def _package_folder(package: str) -> Path:
         if folder.is_dir():
             return folder
 
-    raise ModuleNotFoundError(f"there is no package {package!r}")
+    raise ModuleNotFoundError(f"the package {package!r} does not exist")
 
 
 def _take_seeds(session: Session, seeds: Mapping[str, bytes]) -> None:

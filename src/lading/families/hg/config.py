@@ -134,7 +134,7 @@ def class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
     """
     if not config.hf_config:
         raise NotSupportedError(
-            "A model of the hg family needs a config.json beside its checkpoint, but there is no such file. Put its "
+            "A model of the hg family needs a config.json beside its checkpoint, but the file does not exist. Put its "
             "content into the card, as `hf_config` in `model_config`."
         )
     _require_transformers(config)

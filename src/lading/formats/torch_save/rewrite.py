@@ -78,7 +78,7 @@ def rewrite(original: Original, cache: Path, *, restrict: bool = True) -> Path:
 
     This writes it if it is missing for this state of the checkpoint; an existing one is always complete.
 
-    :raises CheckpointNotFoundError: there is no such file.
+    :raises CheckpointNotFoundError: the file does not exist.
     :raises CorruptModelCheckpointError: it is damaged, or changed meanwhile.
     :raises PolicyError: unpickling it would import what a state dict does not need, or the result would be much
         larger.

@@ -64,7 +64,7 @@ class BadRanges(Exception):  # noqa: N818 — the file can be fetched without ra
 
 
 def require_success(response: Answer, refused: Callable[[Answer], LadingError]) -> None:
-    """Check that a response is the file, or a part of it, or says that there is no such part (416).
+    """Check that a response is the file, or a part of it, or says that the file has no such part (416).
 
     :param refused: returns the error for a response of any other status.
 
