@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn import Module
 from lading import Family, NotSupportedError, convert_checkpoint, export_model, load_model
 from lading.families.bert import BertConfig
 from lading.families.gemma3 import Gemma3Config
+from lading.families.jepa import JepaConfig, JepaEncoderConfig
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
 from lading.families.llama4 import Llama4Config, Llama4ExpertsConfig
 from lading.families.mistral import MistralConfig
@@ -31,6 +32,7 @@ from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
 from lading.gangs import create_fake_gangs
 from lading.models.construct import create_model
 from lading.models.family import get_family
+from lading.planning.rules import Rule, rename
 
 SIZES: dict[str, Any] = {
     "model_dim": 24, "max_seq_len": 64, "vocab_size": 50, "num_layers": 3, "num_attn_heads": 4,
@@ -58,6 +60,10 @@ S2T = S2TTransformerConfig(**STACKS, target_vocab_size=50, num_fbank_channels=6,
 PRE_NORM = replace(
     SPEECH, norm_order="PRE", layer_norm_features=False, feature_extractor_layer_norm_convs=True,
     feature_extractor_bias=True,
+)  # fmt: skip
+VISION = JepaEncoderConfig(
+    model_dim=24, input_dims=(8, 12), patch_dims=(4, 2), num_encoder_layers=2, num_encoder_attn_heads=4,
+    ffn_inner_dim_ratio=1.7, learned_positions=True,
 )  # fmt: skip
 
 CASES: dict[str, tuple[str, Any]] = {
@@ -124,6 +130,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "nllb": ("nllb", NLLB),
     "s2t": ("s2t_transformer", S2T),
     "s2t-tied": ("s2t_transformer", replace(S2T, tied_embeddings=True)),
+    "jepa": ("jepa", JepaConfig(encoder_config=VISION)),
+    "jepa-without-biases": ("jepa", JepaConfig(encoder_config=replace(VISION, qkv_bias=False, patch_dims=(4, 4)))),
     "wav2vec2": (
         "wav2vec2", Wav2Vec2Config(encoder_config=SPEECH, final_dim=20, quantized_dim=6, num_codebook_entries=5),
     ),
@@ -155,8 +163,10 @@ def their_model(folder: Path) -> Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def same(found: Module, expected: Module) -> None:
+def same(found: Module, expected: Module, rules: Sequence[Rule] = ()) -> None:
+    """``rules`` are for names of modules of transformers that are not those in its files."""
     ours, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (found, expected))
+    theirs = dict(zip(rename(list(theirs), rules), theirs.values(), strict=True))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype
@@ -179,6 +189,8 @@ def outputs(model: Module, family: str) -> Tensor:
                 value = model(sources[family], None, ids)
             else:
                 value = model(sources[family], decoder_input_ids=ids)
+        elif family == "jepa":
+            value = model(torch.randn(2, 3, 8, 12, generator=generator))
         else:
             value = model(torch.randint(5, 45, (2, 21), generator=generator))
     for name in ("logits", "last_hidden_state", "hidden"):
@@ -196,7 +208,7 @@ def test_a_configuration_there_and_back(tmp_path: Path, name: str, config: Any) 
     assert len(report.files) > 3
 
     theirs = their_model(tmp_path / "out")
-    same(model, theirs)
+    same(model, theirs, family.rules(config) if name == "jepa" else ())
     torch.testing.assert_close(outputs(model, name), outputs(theirs, name), rtol=1e-4, atol=1e-4)
 
     read = family.from_hf(family.to_hf(config))
@@ -225,6 +237,8 @@ def test_a_configuration_there_and_back(tmp_path: Path, name: str, config: Any) 
         ),
         ("nllb", replace(NLLB, pad_idx=0), "pad_idx"),
         ("s2t_transformer", replace(S2T, first_source_position=0), "first_source_position"),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, learned_positions=False)), "learned_positions"),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, input_dims=(2, 8, 8), patch_dims=(1, 4, 4))), "images"),
         ("wav2vec2", Wav2Vec2Config(encoder_config=SPEECH, final_proj_bias=False), "final_proj_bias"),
         (
             "wav2vec2_asr",

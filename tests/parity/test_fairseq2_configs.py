@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lading.families.jepa import JepaConfig, get_jepa_model_hub
+from lading.families.jepa_classifier import JepaClassifierConfig, get_jepa_classifier_model_hub
 from lading.families.llama import LLaMAConfig, get_llama_model_hub
 from lading.families.llama4 import Llama4Config, get_llama4_model_hub
 from lading.families.mistral import MistralConfig, get_mistral_model_hub
@@ -32,6 +34,8 @@ OMNILINGUAL: dict[str, dict[str, dict[str, Any]]] = json.loads(
 )
 
 CONFIGS: dict[str, type] = {
+    "jepa": JepaConfig,
+    "jepa_classifier": JepaClassifierConfig,
     "llama": LLaMAConfig,
     "llama4": Llama4Config,
     "mistral": MistralConfig,
@@ -46,6 +50,8 @@ CONFIGS: dict[str, type] = {
 OPTIONAL: dict[str, type] = {"yarn_scale_config": YaRNScaleConfig}
 """Fields that hold no object by default, and the class of one."""
 HUBS: dict[str, Callable[[], ModelHub[Any, Any]]] = {
+    "jepa": get_jepa_model_hub,
+    "jepa_classifier": get_jepa_classifier_model_hub,
     "llama": get_llama_model_hub,
     "llama4": get_llama4_model_hub,
     "mistral": get_mistral_model_hub,
@@ -80,6 +86,8 @@ def laid_over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
 @pytest.mark.parametrize(
     ("family", "arch"),
     [
+        ("jepa", "base"),
+        ("jepa_classifier", "base"),
         ("llama", "7b"),
         ("mistral", "7b"),
         ("nllb", "dense_1b"),

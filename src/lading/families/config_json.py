@@ -184,6 +184,14 @@ class ConfigReader:
 
         return value
 
+    def pair(self, key: str, default: int) -> tuple[int, int]:
+        """Read two positive integers, or one that stands for both."""
+        found = self.counts(key, ()) if isinstance(self._get(key), list) else 2 * [self.count(key, default)]
+        if len(found) != 2:
+            self.mismatch(key, "a positive integer, or two")
+
+        return found[0], found[1]
+
     def strings(self, key: str) -> list[str] | None:
         """Read a list of strings, or null."""
         value = self._get(key)

@@ -21,28 +21,13 @@ from lading.cards.card import (
 from lading.cards.card_file import CardFile, parse
 from lading.cards.config import architecture_config, resolve_config
 from lading.models.family import get_family
+from tests.helpers.native_families import NATIVE
 
 SEEDS: dict[str, CardFile] = {
     file.name: parse(file.read_bytes(), source=f"package:lading.seeds/{file.name}")
     for file in sorted(files("lading.seeds").iterdir(), key=lambda file: file.name)
     if file.name.endswith(".yaml")
 }
-FAMILIES = (
-    "bert",
-    "gemma3",
-    "llama",
-    "llama4",
-    "mistral",
-    "mixtral",
-    "nllb",
-    "olmo",
-    "qwen",
-    "qwen3_moe",
-    "s2t_transformer",
-    "w2vbert",
-    "wav2vec2",
-    "wav2vec2_asr",
-)
 
 CARDS: dict[str, CardEntry] = {card.name: card for seed in SEEDS.values() for card in seed.cards}
 ARCHITECTURES: dict[tuple[str, str], ArchitectureEntry] = {
@@ -50,7 +35,7 @@ ARCHITECTURES: dict[tuple[str, str], ArchitectureEntry] = {
     for seed in SEEDS.values()
     for architecture in seed.architectures
 }
-OURS = sorted(key for key in ARCHITECTURES if key[0] in FAMILIES)
+OURS = sorted(key for key in ARCHITECTURES if key[0] in NATIVE)
 
 # What each model's `config.json` calls `intermediate_size`.
 INTERMEDIATE_SIZES = {
@@ -80,6 +65,16 @@ PARAMETERS = {
     ("gemma3", "4b"): 3_880_263_168,
     ("gemma3", "12b"): 11_766_034_176,
     ("gemma3", "27b"): 27_009_346_304,
+    ("jepa", "tiny"): 5_486_400,
+    ("jepa", "small"): 21_589_632,
+    ("jepa", "base"): 85_646_592,
+    ("jepa", "large"): 303_098_880,
+    ("jepa", "huge"): 630_664_960,
+    ("jepa", "giant"): 1_011_092_608,
+    ("jepa", "gigantic"): 1_842_645_888,
+    ("jepa_classifier", "base"): 93_504_232,
+    ("jepa_classifier", "large"): 316_721_128,
+    ("jepa_classifier", "huge"): 651_624_680,
     ("llama", "7b"): 6_738_415_616,
     ("llama", "13b"): 13_015_864_320,
     ("llama", "33b"): 32_528_943_616,
@@ -194,7 +189,7 @@ def test_files_have_no_problems(name: str) -> None:
 
 
 def test_every_family_has_a_file() -> None:
-    assert {f"{family}.yaml" for family in FAMILIES} <= SEEDS.keys()
+    assert {f"{family}.yaml" for family in NATIVE} <= SEEDS.keys()
 
 
 def test_names_are_unique_over_all_files() -> None:
@@ -257,7 +252,7 @@ def test_only_what_meta_publishes_is_gated(name: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["checkpoint", "tokenizer"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE)
 def test_no_two_cards_share_a_checkpoint(family: str, key: str) -> None:
     stated = [entry.metadata[key] for entry in SEEDS[f"{family}.yaml"].cards if key in entry.metadata]
 
@@ -287,6 +282,7 @@ def test_no_two_cards_share_a_checkpoint(family: str, key: str) -> None:
         ("s2t_transformer_mustc_st_jt_m", "mit"),
         ("omniASR_W2V_1B", "apache-2.0"),
         ("omniASR_CTC_7B_v2", "apache-2.0"),
+        ("jepa_vitl16", "cc-by-nc-4.0"),
     ],
 )
 def test_licenses(name: str, license: str) -> None:  # noqa: A002

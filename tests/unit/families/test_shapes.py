@@ -12,6 +12,8 @@ from lading.catalog.store import get_asset_store
 from lading.errors import ModelConfigError
 from lading.families.bert import BertConfig
 from lading.families.gemma3 import Gemma3Config
+from lading.families.jepa import JepaConfig, JepaEncoderConfig
+from lading.families.jepa_classifier import JepaClassifierConfig
 from lading.families.llama import LLaMAConfig
 from lading.families.llama4 import Llama4Config, Llama4ExpertsConfig
 from lading.families.mistral import MistralConfig
@@ -29,23 +31,7 @@ from lading.models.family import get_family
 from lading.models.resolve import arch_config, model_config
 from lading.models.shapes import count_parameters, targets_of_config
 from lading.models.targets import targets_of
-
-FAMILIES = [
-    "bert",
-    "gemma3",
-    "llama",
-    "llama4",
-    "mistral",
-    "mixtral",
-    "nllb",
-    "olmo",
-    "qwen",
-    "qwen3_moe",
-    "s2t_transformer",
-    "w2vbert",
-    "wav2vec2",
-    "wav2vec2_asr",
-]
+from tests.helpers.native_families import NATIVE
 
 
 def same(family: str, config: Any) -> None:
@@ -53,7 +39,7 @@ def same(family: str, config: Any) -> None:
     assert targets_of_config(get_family(family), config) == built
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NATIVE)
 def test_those_of_all_architectures_and_cards(name: str, home: Path) -> None:
     store = get_asset_store()
     family = get_family(name)
@@ -76,6 +62,7 @@ STACKS: dict[str, Any] = {
     "num_decoder_attn_heads": 6,
     "ffn_inner_dim": 56,
 }
+VISION = JepaEncoderConfig(model_dim=48, num_encoder_layers=2, num_encoder_attn_heads=4)
 ENCODER = Wav2Vec2EncoderConfig(
     model_dim=48, num_encoder_layers=2, num_encoder_attn_heads=4, ffn_inner_dim=56, num_pos_conv_groups=4
 )
@@ -156,6 +143,10 @@ def test_those_of_decoders(family: str, config: Any, tied: bool) -> None:
         ("nllb", NllbConfig(**STACKS, vocab_size=99)),
         ("s2t_transformer", S2TTransformerConfig(**STACKS, target_vocab_size=99, num_fbank_channels=7)),
         ("s2t_transformer", S2TTransformerConfig(**STACKS, target_vocab_size=99, tied_embeddings=True)),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, qkv_bias=False, learned_positions=True))),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, input_dims=(4, 32, 48), patch_dims=(2, 16, 16)))),
+        ("jepa_classifier", JepaClassifierConfig(encoder_config=VISION, num_classes=7, num_queries=2)),
+        ("jepa_classifier", JepaClassifierConfig(encoder_config=VISION, pool_depth=3, decoder_projection=False)),
     ],
 )
 def test_those_of_encoders(family: str, config: Any) -> None:
@@ -186,6 +177,17 @@ def test_those_of_encoders(family: str, config: Any) -> None:
         ("nllb", NllbConfig(num_decoder_layers=0)),
         ("s2t_transformer", S2TTransformerConfig(num_fbank_channels=0)),
         ("s2t_transformer", S2TTransformerConfig(first_source_position=-1)),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, patch_dims=(2, 16, 16)))),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, input_dims=(224,), patch_dims=(16,)))),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, patch_dims=(16, 0)))),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, input_dims=(16, 15)))),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, input_dims=(2**31, 16)))),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, input_dims=(2**20, 2**20), patch_dims=(1, 1)))),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, model_dim=3, num_encoder_attn_heads=1))),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, ffn_inner_dim_ratio=0.0))),
+        ("jepa", JepaConfig(encoder_config=replace(VISION, ffn_inner_dim_ratio=float("nan")))),
+        ("jepa_classifier", JepaClassifierConfig(num_classes=0)),
+        ("jepa_classifier", JepaClassifierConfig(pool_depth=10**5)),
     ],
 )
 def test_a_configuration_of_no_model_is_refused_with_the_same_words(family: str, config: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lading.cards.addresses import stated_addresses
-from lading.cards.card import ArchitectureEntry, CardEntry
+from lading.cards.card import CONFIG_KEYS, ArchitectureEntry, CardEntry
 from lading.catalog.database.statements import dumps
 from lading.catalog.stored_cards import label
 from lading.system.filesystem import path_text
@@ -261,6 +261,8 @@ def _is_built_in(row: StoredRow, claim: StatedRow) -> bool:
     if not row.uri.startswith(SEEDS_URI):
         return False
     stored, stated = _parsed(row.text), json.loads(claim.text)
+    # The package states configurations by the name of today.
+    stated = {CONFIG_KEYS[-1] if key in CONFIG_KEYS else key: value for key, value in stated.items()}
 
     return isinstance(stored, dict) and all(k in stored and stored[k] == v for k, v in stated.items())
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, gelu, normalize
+from torch.nn.functional import dropout, normalize
 
 from lading.errors import NotSupportedError
 from lading.families.bert_config import BertConfig, checked
-from lading.families.nn.attention import AttentionMask, attend, bidirectional_mask, split_heads
+from lading.families.nn.attention import AttentionMask, bidirectional_mask
+from lading.families.nn.encoder_blocks import AttentionHeads, Intermediate, LayerStack
 from lading.families.nn.uninitialized import Embedding, LayerNorm, Linear
 
 
@@ -34,26 +35,6 @@ class _Embeddings(nn.Module):
         x = self.LayerNorm(x + self.position_embeddings(position_ids))
 
         return dropout(x, self.dropout_p, self.training)
-
-
-class _SelfAttention(nn.Module):
-    """Multi-head attention without its output projection."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-
-        self.head_dim = config.model_dim // config.num_attn_heads
-        self.dropout_p = config.attn_dropout_p
-
-        self.query = Linear(config.model_dim, config.model_dim)
-        self.key = Linear(config.model_dim, config.model_dim)
-        self.value = Linear(config.model_dim, config.model_dim)
-
-    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """Map (N, S, model_dim) → the same shape."""
-        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.query, self.key, self.value))
-
-        return attend(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0)
 
 
 class _BlockOutput(nn.Module):
@@ -80,7 +61,7 @@ class _AttentionBlock(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
 
-        self.self = _SelfAttention(config)
+        self.self = AttentionHeads(config.model_dim, config.num_attn_heads, dropout_p=config.attn_dropout_p)
         self.output = _BlockOutput(config.model_dim, config)
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
@@ -90,21 +71,6 @@ class _AttentionBlock(nn.Module):
         return y
 
 
-class _Intermediate(nn.Module):
-    """The first half of the feed-forward network."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-
-        self.approximate = "tanh" if config.ffn_activation == "gelu_tanh" else "none"
-
-        self.dense = Linear(config.model_dim, config.ffn_inner_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, S, model_dim) → (N, S, ffn_inner_dim)."""
-        return gelu(self.dense(x), approximate=self.approximate)
-
-
 class _Layer(nn.Module):
     """Attention and a feed-forward network, each with a residual and then normalized."""
 
@@ -112,7 +78,8 @@ class _Layer(nn.Module):
         super().__init__()
 
         self.attention = _AttentionBlock(config)
-        self.intermediate = _Intermediate(config)
+        tanh = config.ffn_activation == "gelu_tanh"
+        self.intermediate = Intermediate(config.model_dim, config.ffn_inner_dim, tanh=tanh)
         self.output = _BlockOutput(config.ffn_inner_dim, config)
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
@@ -121,22 +88,6 @@ class _Layer(nn.Module):
         y: Tensor = self.output(self.intermediate(x), x)
 
         return y
-
-
-class _Encoder(nn.Module):
-    """The stack of layers."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-
-        self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
-
-    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """Map (N, S, model_dim) → the same shape."""
-        for layer in self.layer:
-            x = layer(x, mask)
-
-        return x
 
 
 class _Pooler(nn.Module):
@@ -165,7 +116,7 @@ class Bert(nn.Module):
         self.normalize = config.normalize
 
         self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config)
+        self.encoder = LayerStack(_Layer(config) for _ in range(config.num_layers))
         self.pooler = _Pooler(config.model_dim) if config.pooler else None
 
     def forward(

@@ -38,3 +38,11 @@ class Conv1d(_Uninitialized, nn.Conv1d):
 
 class BatchNorm1d(_Uninitialized, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` whose constructor leaves its parameters uninitialized."""
+
+
+class Conv2d(_Uninitialized, nn.Conv2d):
+    """``nn.Conv2d`` whose constructor leaves its parameters uninitialized."""
+
+
+class Conv3d(_Uninitialized, nn.Conv3d):
+    """``nn.Conv3d`` whose constructor leaves its parameters uninitialized."""

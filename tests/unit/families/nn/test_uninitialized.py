@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lading.families.nn.uninitialized import Conv1d, Embedding, GroupNorm, LayerNorm, Linear
+from lading.families.nn.uninitialized import Conv1d, Conv2d, Conv3d, Embedding, GroupNorm, LayerNorm, Linear
 from tests.helpers.interpreters import Interpreters
 
 
@@ -16,6 +16,8 @@ from tests.helpers.interpreters import Interpreters
         (lambda: LayerNorm(7), nn.LayerNorm),
         (lambda: GroupNorm(2, 4), nn.GroupNorm),
         (lambda: Conv1d(3, 4, 5), nn.Conv1d),
+        (lambda: Conv2d(3, 4, 5), nn.Conv2d),
+        (lambda: Conv3d(3, 4, 5), nn.Conv3d),
     ],
 )
 def test_nothing_is_drawn(module, base) -> None:
@@ -45,9 +47,10 @@ from lading.families.wav2vec2 import FAMILY
 FAMILY.model_kls
 make = lambda: FAMILY.build(FAMILY.config_kls())
 """
+VISION = SPEECH.replace("wav2vec2", "jepa")
 
 
-@pytest.mark.parametrize("imports", [DECODER, SPEECH], ids=["decoder", "speech"])
+@pytest.mark.parametrize("imports", [DECODER, SPEECH, VISION], ids=["decoder", "speech", "vision"])
 def test_building_on_the_meta_device_imports_nothing(interpreters: Interpreters, imports: str) -> None:
     script = f"""
 import sys, torch
