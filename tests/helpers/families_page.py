@@ -1,0 +1,120 @@
+"""Write ``docs/families.md`` from the catalog and the families: ``python -m tests.helpers.families_page``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.models.family import Family, get_family
+from lading.models.parallel_plan import Split
+from lading.planning.rules import rename
+from tests.helpers.native_families import NATIVE
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+NAMES_IN_CHECKPOINTS: Mapping[str, Sequence[str]] = {
+    "Meta": ("layers.0.attention.wq.weight", "module.blocks.0.attn.proj.weight"),
+    "fairseq": ("encoder.layers.0.fc1.weight", "w2v_encoder.w2v_model.encoder.layers.0.fc1.weight"),
+    "fairseq2": ("encoder.layers.0.self_attn.output_proj.weight", "decoder.layers.0.self_attn.output_proj.weight"),
+}
+"""Tensors that only checkpoints of that origin have."""
+
+HEAD = """\
+# Families
+
+<!-- `python -m tests.helpers.families_page` writes this page. -->
+
+The families that lading comes with. *config.json* is the `model_type` of the Hugging Face repositories that a family
+reads, with the class if it reads that one only. Parameters have the names of such repositories; *other names* are those
+of other checkpoints that a family also reads, in any [format](reference/checkpoint-formats.md). The last columns are
+the [axes of parallelism](how-to/load-on-many-devices.md) that a family supports; along another one, ranks hold copies.
+
+| family | architectures | cards | config.json | other names | tp | sdp | pp | ep |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def families() -> list[Family[Any, Any]]:
+    """The families of this package, without those of others."""
+    return [get_family(name) for name in sorted([*NATIVE, "hg"])]
+
+
+def _config_json(family: Family[Any, Any]) -> str:
+    if family.reads_other_model_types:
+        return "any other"
+    classes = ", ".join(f"`{name}`" for name in sorted(family.hf_architectures))
+
+    return ", ".join(f"`{name}`" for name in sorted(family.hf_model_types)) + (f" ({classes})" if classes else "")
+
+
+def _other_names(family: Family[Any, Any]) -> str:
+    if family.shapes is None:
+        return "as transformers"
+    config = family.config_kls()
+    parameters = family.shapes(config)
+
+    return ", ".join(
+        origin
+        for origin, names in NAMES_IN_CHECKPOINTS.items()
+        if any(name in parameters for name in rename(names, family.rules_for(config, names)))
+    )
+
+
+def _axes(family: Family[Any, Any]) -> list[str]:
+    if family.complete is not None:
+        return 4 * ["by class"]
+    plan = family.parallel_plan(family.config_kls())
+    experts = plan.tensor is not None and Split.EXPERTS in plan.tensor.values()
+    served = (plan.tensor is not None, plan.units is not None, plan.stages is not None, experts)
+
+    return ["yes" if each else "" for each in served]
+
+
+def _row(family: Family[Any, Any], store: AssetStore) -> str:
+    cells = [
+        f"[`{family.name}`](#{family.name})",
+        str(len(store.architectures(family.name))),
+        str(len(list(store.models(family=family.name)))),
+        _config_json(family),
+        _other_names(family),
+        *_axes(family),
+    ]
+
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _section(family: Family[Any, Any], store: AssetStore) -> Iterator[str]:
+    kls = family.kls if isinstance(family.kls, str) else f"{family.kls.__module__}:{family.kls.__name__}"
+    config = family.config_kls
+    yield f"\n## {family.name}\n\n"
+    yield f"Models of the class `{kls.partition(':')[2]}`, configured by `{config.__name__}`: "
+    yield f"`lading.families.{family.name}.get_{family.name}_model_hub()`.\n"
+    for kind, names in (
+        ("Architectures", [each.name for each in store.architectures(family.name)]),
+        ("Cards", [each.name for each in store.models(family=family.name)]),
+    ):
+        if names:
+            yield f"\n{kind}: {', '.join(f'`{name}`' for name in sorted(names))}.\n"
+
+
+def page(store: AssetStore) -> str:
+    """The page, from a catalog that holds the cards of this package only."""
+    found = families()
+    rows = "".join(_row(family, store) for family in found)
+
+    return HEAD + rows + "".join(part for family in found for part in _section(family, store))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LADING_DATABASE_URL"] = f"sqlite:///{folder}/catalog.db"
+        os.environ["XDG_CONFIG_HOME"] = folder  # where no cards are
+        PAGE.write_text(page(get_asset_store()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
