@@ -88,13 +88,3 @@ def test_a_card_of_a_checkpoint_of_fairseq(family: str, tmp_path: Path, home: Pa
 
     assert check_model("tiny").fits
     assert dumped.agrees(dumped.load(tmp_path / "model.pt"))
-
-
-def test_a_table_of_nllb_100_has_a_row_too_many(tmp_path: Path, home: Path) -> None:
-    dumped = Dumped("nllb")
-    state = dumped.of_fairseq()
-    for name in ("encoder.embed_tokens", "decoder.embed_tokens", "decoder.output_projection"):
-        state[f"{name}.weight"] = torch.cat((state[f"{name}.weight"], torch.ones(1, 8)))
-    torch.save({"model": state}, tmp_path / "model.pt")
-
-    assert dumped.agrees(dumped.load(tmp_path / "model.pt"))

@@ -164,13 +164,13 @@ def _write(table: ConfigTable[ConfigT], config: ConfigT) -> Mapping[str, object]
     return table.write(config)
 
 
-def in_order_of(tokens: Sequence[int], source: str, target: str, *, vocab_size: int) -> Iterator[Rule]:
+def in_order_of(tokens: Sequence[int], source: str, target: str, *, rows: int | None = None) -> Iterator[Rule]:
     """Yield the rules that make a table from one with the first tokens in another order.
 
     :param tokens: the position in ``source`` of each of the first tokens of ``target``.
-    :param vocab_size: the rows of ``target``; further ones of ``source`` are not used.
+    :param rows: the rows of ``source`` to use; default: all.
     """
     first = len(tokens)
     for i, token in enumerate(tokens):
         yield Rule(source, target, cut=(0, token, 1), concat=(0, i))
-    yield Rule(source, target, cut=(0, first, vocab_size - first), concat=(0, first))
+    yield Rule(source, target, cut=(0, first, None if rows is None else rows - first), concat=(0, first))

@@ -89,17 +89,21 @@ _ORDER = (1, 3, 0, 2)
 """The indices in fairseq's vocabulary of the symbols for padding, unknown words, begin and end."""
 
 
+_NLLB_100 = 256_102
+"""The number of symbols of NLLB-100, whose tables in fairseq's checkpoints have a row too many, the last."""
+
+
 def _rules(config: NllbConfig, names: Sequence[str]) -> Sequence[Rule]:
     """Return the rules for a checkpoint.
 
-    In fairseq's, the first symbols are in another order than in the vocabulary of the tokenizer; and the tables of
-    NLLB-100 have a row too many, the last. A checkpoint with ``shared.weight`` is not fairseq's but one of Hugging
-    Face's without a head.
+    In fairseq's, the first symbols are in another order than in the vocabulary of the tokenizer. A checkpoint with
+    ``shared.weight`` is not fairseq's but one of Hugging Face's without a head.
     """
+    rows = config.vocab_size if config.vocab_size == _NLLB_100 else None
     tables: list[Rule] = []
     if config.pad_idx == 0 and "shared.weight" not in names:
         for source, target in _FAIRSEQ_TABLES.items():
-            tables += in_order_of(_ORDER, source, target, vocab_size=config.vocab_size)
+            tables += in_order_of(_ORDER, source, target, rows=rows)
 
     return encoder_decoder_rules(*tables)
 

@@ -65,9 +65,10 @@ class Rule:
     """The reordering of its indices along a dim, before anything except the joining of parts that ranks saved."""
     computed: bool = False
     """Without a target: whether the tensor holds nothing that was trained, such as a buffer that the model computes."""
-    cut: tuple[int, int, int] | None = None
-    """The ``(dim, first index, size)`` of the part of the tensor that makes the target, after the reordering. Where
-    tensor-parallel ranks saved parts of a tensor, each holds a share of each target: its own part is cut likewise."""
+    cut: tuple[int, int, int | None] | None = None
+    """The ``(dim, first index, size)`` of the part of the tensor that makes the target, after the reordering. A size of
+    ``None`` means all indices from the first on. Where tensor-parallel ranks saved parts of a tensor, each holds a
+    share of each target: its own part is cut likewise."""
     unfold: int | None = None
     """The number of indices of a new first dim, into which the first dim of the tensor, or of the part of each rank, is
     divided: as many experts, whose matrices are below one another."""
@@ -291,7 +292,7 @@ def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, s
     extents: dict[str, int] = {}
     for rule in rules:
         if rule.cut is not None:
-            extents[rule.source] = max(extents.get(rule.source, 0), rule.cut[1] + rule.cut[2])
+            extents[rule.source] = max(extents.get(rule.source, 0), rule.cut[1] + (rule.cut[2] or 0))
     any_rule = re.compile("|".join(f"(?:{_GROUP_NAME.sub('(?:', pattern.pattern)})" for pattern, _, _ in compiled))
 
     for i, name in enumerate(names):
@@ -437,8 +438,10 @@ def _arrange(
         source = Transposed(source)
     if rule.cut is not None:
         dim, start, size = rule.cut
+        held = (*shape_of(source, shapes), 0)[dim]
+        if size is None:
+            size = max(0, held - start)  # of a tensor that ends before, a slice that does not exist
         if dim == tp_dim and ranks > 1:
-            held = (*shape_of(source, shapes), 0)[dim]
             if start % ranks or size % ranks or held * ranks != place.extent:
                 raise ValueError(f"{ranks} ranks with {held} indices each hold no equal shares of {place.extent}")
         else:

@@ -208,6 +208,32 @@ def test_the_index_of_padding_says_the_order_of_the_first_symbols(tmp_path: Path
     assert torch.equal(theirs.model.shared.weight, table)
 
 
+def save_with_a_row_too_many(path: Path, config: NllbConfig) -> Tensor:
+    """A checkpoint of fairseq; returns its table."""
+    state = get_nllb_model_hub().create_new_model(replace(config, vocab_size=config.vocab_size + 1)).state_dict()
+    torch.save({"model": fairseq(state)}, path)
+
+    return state["model.shared.weight"]
+
+
+def test_tables_of_nllb_100_have_a_row_too_many(tmp_path: Path, home: Path) -> None:
+    config = replace(NLLB_CONFIG, vocab_size=256_102, model_dim=6)
+    table = save_with_a_row_too_many(tmp_path / "model.pt", config)
+
+    model = get_nllb_model_hub().load_custom_model(tmp_path / "model.pt", config, progress=False)
+
+    assert torch.equal(model.model.shared.weight[4:], table[4:-1])
+    assert torch.equal(model.model.shared.weight[:4], table[[1, 3, 0, 2]])
+
+
+def test_a_row_too_many_in_other_tables_is_refused(tmp_path: Path, home: Path) -> None:
+    save_with_a_row_too_many(tmp_path / "model.pt", NLLB_CONFIG)
+
+    with pytest.raises(ModelCheckpointMismatchError, match="problem") as error:
+        get_nllb_model_hub().load_custom_model(tmp_path / "model.pt", NLLB_CONFIG, progress=False)
+    assert any("[30, 12]" in problem and "[29, 12]" in problem for problem in error.value.problems)
+
+
 def test_tables_that_differ_are_refused(tmp_path: Path, home: Path) -> None:
     state = fairseq(create("nllb").state_dict())
     state["decoder.output_projection.weight"] = state["decoder.output_projection.weight"] + 1

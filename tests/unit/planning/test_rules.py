@@ -192,6 +192,22 @@ def test_experts_below_one_another_are_unfolded_rank_by_rank() -> None:
     assert odd.incomplete == (("down", "[7, 3] has no 2 equal parts along dim 0"),)
 
 
+@pytest.mark.parametrize("rows", [3, 7])
+def test_a_cut_to_the_end_takes_all_rows(rows: int) -> None:
+    rules = (Rule("x", "y", cut=(0, 2, None), concat=(0, 0)), Rule("x", "y", cut=(0, 0, 2), concat=(0, 1)))
+
+    found = route(["x"], ["y"], rules, shapes=[(rows, 4)], target_shapes=[(rows, 4)])
+
+    assert dict(found.composed) == {0: Joined(0, (Sliced(0, 2, rows - 2, 0), Sliced(0, 0, 2, 0)))}
+
+
+@pytest.mark.parametrize("shape", [(), (1, 4)])
+def test_a_cut_to_the_end_of_a_tensor_that_ends_before(shape: tuple[int, ...]) -> None:
+    rules = (Rule("x", "y", cut=(0, 2, None)),)
+
+    assert [name for name, _ in route(["x"], ["y"], rules, shapes=[shape], target_shapes=[(2, 4)]).incomplete] == ["y"]
+
+
 def test_what_is_re_ordered_is_composed_of_one_tensor() -> None:
     order = Regroup(0, 2, 2)
     routed = route(["x"], ["y"], (Rule("x", "y", order=order),), shapes=[(8,)], target_shapes=[(8,)])
