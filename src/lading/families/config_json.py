@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, NoReturn, TypeVar
 
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families.nn.checks import MAX_LAYERS, MAX_SIZE
+from lading.formats.config_json import quantization_of
 
 log = logging.getLogger("lading")
 
@@ -121,6 +122,10 @@ class ConfigReader:
 
         return value
 
+    def whole(self, key: str, default: int) -> int:
+        """Read an integer that is not negative."""
+        return 0 if self._get(key, default) == 0 else self.count(key, default)
+
     def maybe_count(self, key: str, default: int | None) -> int | None:
         """Read a positive integer, or null."""
         return None if self._get(key, default) is None else self.count(key, default or 0)
@@ -224,12 +229,11 @@ class ConfigReader:
             self.refuse(key, found, () if value is None else (value,))
 
     def refuse_quantized(self) -> None:
-        """Refuse quantized weights.
+        """Refuse quantized weights, except for those that a load dequantizes.
 
         :raises NotSupportedError: the file says that they are.
         """
-        if not self.is_null("quantization_config"):
-            scheme = self.section("quantization_config")._get("quant_method")
+        if (scheme := quantization_of(self._values)) is not None:
             raise NotSupportedError(
                 f"config.json: {self._prefix}quantization_config.quant_method is {scheme!r}: the weights are "
                 "quantized, which lading does not load. Use the checkpoint in its original precision."

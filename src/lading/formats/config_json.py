@@ -9,6 +9,7 @@ from pathlib import Path
 from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.files import corrupt, open_regular, refuse_lfs_pointer
 from lading.formats.folder import folder_of
+from lading.formats.manifest import BLOCK
 
 _OWN_CONFIG = "Put the model's own file there."
 
@@ -74,19 +75,33 @@ QUANTIZATION_NAMES: Mapping[str, tuple[str, str]] = {
 of each, and a key that it has."""
 
 
+_BLOCK_SCALED: Mapping[str, tuple[object, ...]] = {
+    "quant_method": ("fp8",),
+    "weight_block_size": ([BLOCK, BLOCK],),
+    "activation_scheme": (None, "dynamic"),
+}
+"""The values with which weights are float8 numbers with a scale for each block, which a load dequantizes."""
+
+
 def quantization_of(hf_config: Mapping[str, object]) -> str | None:
-    """Return the scheme by which the weights are quantized: ``awq``, ``gptq`` …; ``None`` if they are not."""
+    """Return the scheme by which the weights are quantized: ``awq``, ``gptq`` …; ``None`` if they are not, or if they
+    are float8 numbers with a scale for each block, which a load dequantizes.
+    """
     quantization = hf_config.get("quantization_config")
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        return "unknown"
+    if all(quantization.get(key) in values for key, values in _BLOCK_SCALED.items()):
+        return None
 
-    return str(quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown")
+    return str(quantization.get("quant_method", "unknown"))
 
 
 def refuse_quantized_config(hf_config: Mapping[str, object], path: Path | str) -> None:
-    """Check that the weights are not quantized.
+    """Check that the weights are not quantized, or in a way that a load undoes.
 
-    :raises NotSupportedError: the configuration says that they are.
+    :raises NotSupportedError: the configuration says that they are, in another way.
     """
     scheme = quantization_of(hf_config)
     if scheme is not None:

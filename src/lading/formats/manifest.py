@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import gt
 from typing import Literal, NamedTuple
 
@@ -40,6 +41,15 @@ FLOAT_NAMES: Mapping[str, str] = {
 
 FLOATS = frozenset(FLOAT_NAMES.values())
 """The dtypes of plain weights, between which a load may cast."""
+
+SCALED = frozenset({"F8_E4M3", "F8_E5M2"})
+"""The dtypes of weights that may have a scale for each block."""
+
+BLOCK = 128
+"""The rows and the columns of the blocks of a matrix that have one scale."""
+
+SCALE_SUFFIX = "_scale_inv"
+"""The end of the name of the tensor with the scales of a weight, behind the name of that weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +244,35 @@ class Manifest:
             offsets=array("q", [self.offsets[i] for i in positions]),
             pieces={at: self.pieces[i] for at, i in enumerate(positions) if i in self.pieces} if self.pieces else {},
         )
+
+    @cached_property
+    def scales(self) -> Mapping[int, int]:
+        """The positions of tensors whose values are products with a scale for each block, and of their scales."""
+        if SCALED.isdisjoint(self.dtypes):
+            return {}
+        found = {name.removesuffix(SCALE_SUFFIX): i for i, name in enumerate(self.names) if name.endswith(SCALE_SUFFIX)}
+        columns = zip(self.names, self.dtypes, self.shapes, strict=True)
+
+        return {
+            i: found[name]
+            for i, (name, dtype, shape) in enumerate(columns)
+            if dtype in SCALED and len(shape) > 1 and name in found
+        }
+
+    @cached_property
+    def common_dtype(self) -> str | None:
+        """The dtype of most elements of plain weights, scales aside; ``None`` without such weights."""
+        scales = set(self.scales.values())
+        elements: Counter[str] = Counter()
+        for i, (dtype, shape) in enumerate(zip(self.dtypes, self.shapes, strict=True)):
+            if dtype in FLOATS and i not in scales:
+                elements[dtype] += math.prod(shape)
+
+        return max(sorted(elements), key=elements.__getitem__) if elements.total() else None
+
+    def value_dtype(self, i: int) -> str:
+        """Return the dtype of the values of tensor ``i``: of those with scales, the one of most plain weights."""
+        return (self.common_dtype or "F32") if i in self.scales else self.dtypes[i]
 
     @property
     def _columns(self) -> tuple[Sequence[object], ...]:

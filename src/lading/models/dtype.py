@@ -12,7 +12,6 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.extra_files import read_or_fetch_config
 from lading.errors import FetchError
-from lading.formats.manifest import FLOATS
 from lading.models.fit import Match
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, DType, dtype_by_name
 
@@ -42,14 +41,9 @@ def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | Non
     if isinstance(stated, str) and (found := dtype_by_name(stated)) is not None:
         return found
 
-    manifest = checkpoint.manifest
-    elements = dict.fromkeys(sorted(FLOATS), 0)
-    for own, shape in zip(manifest.dtypes, manifest.shapes, strict=True):
-        if own in elements:
-            elements[own] += math.prod(shape)
-    common = max(elements, key=elements.__getitem__)
+    common = checkpoint.manifest.common_dtype
 
-    return TORCH_DTYPES[common] if elements[common] else torch.get_default_dtype()
+    return torch.get_default_dtype() if common is None else TORCH_DTYPES[common]
 
 
 def resolve_dtypes(match: Match, *, sdp: int) -> list[str]:
@@ -60,7 +54,7 @@ def resolve_dtypes(match: Match, *, sdp: int) -> list[str]:
     """
     targets, routed = match.targets, match.routed
     free = [targets.dtypes[i] is None and targets.names[i] in targets.parameters for i in routed.targets]
-    own = [match.manifest.dtypes[t] for t in routed.tensors]
+    own = [match.manifest.value_dtype(t) for t in routed.tensors]
 
     if sdp > 1:
         elements = _count_elements(match, only=targets.parameters)
@@ -104,7 +98,7 @@ def _count_elements(match: Match, only: Collection[str] | None = None) -> dict[s
     elements: dict[str, int] = {}
     for i, tensor in zip(routed.targets, routed.tensors, strict=True):
         if targets.dtypes[i] is None and (only is None or targets.names[i] in only):
-            dtype = match.manifest.dtypes[tensor]
+            dtype = match.manifest.value_dtype(tensor)
             elements[dtype] = elements.get(dtype, 0) + math.prod(targets.shapes[i])
 
     return elements

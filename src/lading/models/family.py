@@ -18,8 +18,10 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lading.errors import InternalError, ModelFamilyNotKnownError, TorchNotFoundError, did_you_mean
+from lading.formats.manifest import SCALE_SUFFIX
 from lading.models.parallel_plan import ParallelPlan
 from lading.models.targets import Shape
+from lading.planning.block_scales import SCALES_RULE
 from lading.planning.rules import Rule
 from lading.system.entry_points import FAMILIES_GROUP, register, registered, registered_here
 from lading.system.needs import needs_torch
@@ -149,7 +151,10 @@ class Family(Generic[ModelT, ModelConfigT]):
 
     def rules_for(self, config: ModelConfigT, names: Sequence[str]) -> Sequence[Rule]:
         """Return the rules that map tensors of these names to parameters."""
-        return self.rules(config) if self.rules_of_names is None else self.rules_of_names(config, names)
+        own = [name for name in names if not name.endswith(SCALE_SUFFIX)]
+        rules = self.rules(config) if self.rules_of_names is None else self.rules_of_names(config, own)
+
+        return rules if len(own) == len(names) else (SCALES_RULE, *rules)
 
 
 def check_config_type(config: Any, family: Family[Any, Any]) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
-from lading.formats.manifest import FLOATS, Manifest
+from lading.formats.manifest import FLOATS, SCALE_SUFFIX, SCALED, Manifest
 from lading.models.adapters import NO_MERGE, Merge, match_adapters
 from lading.models.family import Family
 from lading.models.shapes import targets_of_config
 from lading.models.targets import Targets
+from lading.planning.block_scales import SCALE_DTYPE, scale_shape
 from lading.planning.composition import Source, shape_of, tensors_of
 from lading.planning.rules import Route, route
 from lading.system.display import counted, human_bytes, human_count, representation
@@ -91,6 +92,9 @@ class Match:
             dim = plan.shard_dim(self.targets.names[target])
             if dim < len(self.manifest.shapes[tensor]):
                 dims[tensor] = dim
+        for tensor, scales in self.manifest.scales.items():
+            if dims[tensor] < len(self.manifest.shapes[scales]):
+                dims[scales] = dims[tensor]
 
         return dims
 
@@ -179,6 +183,7 @@ def report_fit(match: Match) -> CheckReport:
     }
     matched = [t for i, t in enumerate(routed.tensors) if i not in routed.composed]
     matched += [t for source in routed.composed.values() for t in tensors_of(source)]
+    matched += [manifest.scales[t] for t in matched if t in manifest.scales]
     known = {manifest.names[t] for t in matched} | tied.keys() | set(routed.unexpected)
     known.update(name for _, names in routed.clashes for name in names)
 
@@ -306,7 +311,10 @@ def _quantized(manifest: Manifest, targets: Targets, routed: Route) -> list[int]
         tensor
         for target, source in routed.sources()
         for tensor in tensors_of(source)
-        if _is_float(targets, target) and manifest.dtypes[tensor] not in FLOATS
+        if _is_float(targets, target)
+        and manifest.dtypes[tensor] not in FLOATS
+        and tensor not in manifest.scales
+        and not (manifest.scales and manifest.dtypes[tensor] in SCALED)  # its scales are missing
     ]
 
 
@@ -319,6 +327,8 @@ def _problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
 
     found += [f"incomplete: {name}: {why}" for name, why in routed.incomplete]
 
+    found += _problems_of_scales(manifest, routed)
+
     for target, source in [*routed.sources(), *routed.duplicates]:
         name, shape = name_of(source, manifest), shape_of(source, manifest.shapes)
         wanted = targets.dtypes[target]
@@ -328,6 +338,30 @@ def _problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
             found.append(f"mis-shaped: {name} is expected to be {expected}, but is {is_}")
         elif not _is_float(targets, target) and stored is not None:
             found.append(f"of another dtype: {name} is expected to be {wanted}, but is {stored}")
+
+    return found
+
+
+def _problems_of_scales(manifest: Manifest, routed: Route) -> list[str]:
+    """Return what is missing or does not fit among the scales of blocks, one line each."""
+    of_others = set(manifest.scales.values())
+    found = [
+        f"unexpected: {name}"
+        for i, name in enumerate(manifest.names)
+        if name.endswith(SCALE_SUFFIX) and i not in of_others and name not in routed.unexpected
+    ]
+    needed = [t for _, source in (*routed.sources(), *routed.duplicates) for t in tensors_of(source)]
+    for tensor in needed if manifest.scales else ():
+        shape = scale_shape(manifest.shapes[tensor])
+        if (scales := manifest.scales.get(tensor)) is None:
+            if manifest.dtypes[tensor] in SCALED:
+                found.append(f"missing: {manifest.names[tensor]}{SCALE_SUFFIX} {list(shape)}")
+            continue
+        name, stored, is_ = manifest.names[scales], manifest.dtypes[scales], manifest.shapes[scales]
+        if is_ != shape:
+            found.append(f"mis-shaped: {name} is expected to be {list(shape)}, but is {list(is_)}")
+        if stored != SCALE_DTYPE:
+            found.append(f"of another dtype: {name} is expected to be {SCALE_DTYPE}, but is {stored}")
 
     return found
 

@@ -54,6 +54,7 @@ from lading.models.resolve import ResolveOptions, resolve_model
 from lading.models.targets import Targets
 from lading.models.tensors import read_tensors
 from lading.models.ties import are_same, different_copies, tied_mismatch_error
+from lading.planning.block_scales import with_scales
 from lading.planning.composition import Source, tensors_of
 from lading.planning.plan import Wanted, plan
 from lading.planning.rules import Route
@@ -254,11 +255,14 @@ def _load(
 
     with clock.phase("plan"):
         order = array("I", routed.targets)
-        wanted = Wanted(
-            tensors=routed.tensors,
-            boxes=[targets.boxes[i] for i in order],
-            dtypes=resolve_dtypes(match, sdp=gangs.sdp.size),
-            composed=routed.composed,
+        wanted = with_scales(
+            manifest,
+            Wanted(
+                tensors=routed.tensors,
+                boxes=[targets.boxes[i] for i in order],
+                dtypes=resolve_dtypes(match, sdp=gangs.sdp.size),
+                composed=routed.composed,
+            ),
         )
         planned = plan(manifest, wanted, mapped=options.maps)
 
@@ -338,7 +342,7 @@ def _load(
         bytes_read=moved.bytes_read if stream is None else stream.bytes_read,
         bytes_mapped=sum(
             t.nbytes
-            for i, t, home in zip(order, moved.tensors, planned.homes, strict=True)
+            for i, t, home in zip(order, moved.tensors, planned.homes, strict=False)  # scales come last
             if home >= 0 and i not in match.merge.changes
         ),
         bytes_copied=copied,

@@ -18,10 +18,12 @@ from lading.gangs import Gangs
 from lading.models.construct import build_on_meta, split
 from lading.models.family import Family
 from lading.models.targets import Targets
+from lading.planning.block_scales import with_scales
 from lading.planning.box import Box
 from lading.planning.composition import Source, shape_of, tensors_of
 from lading.planning.plan import Wanted, plan
 from lading.planning.rules import rename, route
+from lading.transfer.dequantize import dequantize
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.hashing import Hasher
@@ -60,18 +62,23 @@ def read_tensors(
                 )
     if boxes is None:
         boxes = [Box.whole(shape_of(source, checkpoint.manifest.shapes)) for source in sources]
-    wanted = Wanted(
-        tensors=[next(tensors_of(source)) for source in sources],
-        boxes=boxes,
-        dtypes=dtypes,
-        composed={i: source for i, source in enumerate(sources) if not isinstance(source, int)},
+    wanted = with_scales(
+        checkpoint.manifest,
+        Wanted(
+            tensors=[next(tensors_of(source)) for source in sources],
+            boxes=boxes,
+            dtypes=dtypes,
+            composed={i: source for i, source in enumerate(sources) if not isinstance(source, int)},
+        ),
     )
     planned = plan(checkpoint.manifest, wanted, mapped=mmap)
-    shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
-
     arena = create_arena(planned.arena_bytes, torch.device("cpu"), huge_pages)
 
-    return execute(planned, checkpoint.readable(), shapes, arena=arena)
+    return list(dequantize(execute(planned, checkpoint.readable(), _shapes(wanted), arena=arena), wanted.scalings))
+
+
+def _shapes(wanted: Wanted) -> list[tuple[tuple[int, ...], str]]:
+    return [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
 
 
 class DigestCollector:
@@ -115,19 +122,20 @@ def _witnessed(
     plain = {i: source for i, source in enumerate(sources) if isinstance(source, int)}
     if not plain:
         return made
-    positions = sorted(set(plain.values()))
+    scales = checkpoint.manifest.scales
+    positions = sorted({*plain.values(), *(scales[i] for i in plain.values() if i in scales)})
     at = {position: n for n, position in enumerate(positions)}
     part = checkpoint.manifest.take(positions)
     boxes = [Box.whole(part.shapes[at[position]]) for position in plain.values()]
-    wanted = Wanted(
-        tensors=[at[position] for position in plain.values()], boxes=boxes, dtypes=[dtypes[i] for i in plain]
+    wanted = with_scales(
+        part,
+        Wanted(tensors=[at[position] for position in plain.values()], boxes=boxes, dtypes=[dtypes[i] for i in plain]),
     )
     planned = plan(part, wanted)
     hasher = Hasher(part, [witness.dims[position] for position in positions], planned, wanted)
-    shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, wanted.dtypes, strict=True)]
-    read = execute(planned, checkpoint.readable(), shapes, observer=hasher)
+    read = execute(planned, checkpoint.readable(), _shapes(wanted), observer=hasher)
     witness.take(positions, hasher.digests())
-    tensors |= dict(zip(plain, read, strict=True))
+    tensors |= dict(zip(plain, dequantize(read, wanted.scalings), strict=True))
 
     return [tensors[i] for i in range(len(sources))]
 
@@ -167,7 +175,7 @@ def iter_tensors(
                 checkpoint.where, f"The checkpoint at {checkpoint.where} does not fit: {problem}.", [problem]
             )
 
-        dtype = manifest.dtypes[next(tensors_of(source))]
+        dtype = manifest.value_dtype(next(tensors_of(source)))
         (tensor,) = read_tensors(checkpoint, [source], [dtype], mmap, boxes=[box], huge_pages=huge_pages)
         yield name, tensor
 

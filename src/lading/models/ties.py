@@ -34,7 +34,7 @@ def different_copies(checkpoint: Checkpoint, match: Match) -> tuple[str, ...]:
     found = []
     for (target, copy), name in zip(routed.duplicates, routed.further_names, strict=True):
         own = sources[target]
-        dtype = targets.dtypes[target] or checkpoint.manifest.dtypes[next(tensors_of(own))]
+        dtype = targets.dtypes[target] or checkpoint.manifest.value_dtype(next(tensors_of(own)))
         for box in Box.whole(targets.shapes[target]).slabs(_CHUNK // (BITS[dtype] // 8)):
             a, b = read_tensors(checkpoint, [own, copy], [dtype, dtype], boxes=[box, box])
             if not are_same(a, b):

@@ -149,6 +149,7 @@ def config_values(
             raise
     values = dict(own if known else made)
     values.pop("auto_map", None)  # names code that is not exported
+    values.pop("quantization_config", None)  # a load has dequantized the weights
     values |= {key: made[key] for key in _MADE if key in made}
 
     for key in ("dtype", "torch_dtype"):

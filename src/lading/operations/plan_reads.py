@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from lading.formats.manifest import BITS, Manifest
 from lading.models.placements import boxes_for_all_ranks
+from lading.planning.block_scales import SCALE_DTYPE, blocks_of, scale_shape, with_scales
 from lading.planning.box import Box
 from lading.planning.composition import Source
 from lading.planning.plan import LONG_RUN, Wanted, plan, reads_gaps
@@ -53,15 +54,45 @@ class Layout:
     composed: Mapping[int, Source]
     """The compositions of those that are not one tensor as it is, by the position in ``tensors``."""
 
-    def wanted(self, rank: int) -> Wanted:
-        """Return the tensors that one rank wants."""
+    def wanted(self, manifest: Manifest, rank: int) -> Wanted:
+        """Return the tensors that one rank wants, with the scales that they need."""
         boxes = [kind.boxes[kind.owned[rank]] for kind in self.known]
-
-        return Wanted(
+        wanted = Wanted(
             tensors=self.tensors,
             boxes=[boxes[k] for k in self.kinds],
             dtypes=[self.known[k].dtype for k in self.kinds],
             composed=self.composed,
+        )
+
+        return with_scales(manifest, wanted)
+
+    def of_one_tensor_each(self, manifest: Manifest) -> Layout:
+        """Return the layout with the scales of its tensors, which are as many tensors more; without compositions."""
+        scales = manifest.scales
+        scaled = [i for i, tensor in enumerate(self.tensors) if tensor in scales]
+        if not scaled:
+            return self
+
+        known = list(self.known)
+        numbers: dict[int, int] = {}
+        for k in dict.fromkeys(self.kinds[scaled].tolist()):
+            kind = known[k]
+            numbers[k] = len(known)
+            known.append(
+                Kind(
+                    shape=scale_shape(kind.shape),
+                    stored=SCALE_DTYPE,
+                    dtype=SCALE_DTYPE,
+                    boxes=tuple(map(blocks_of, kind.boxes)),
+                    owned=kind.owned,
+                )
+            )
+
+        return replace(
+            self,
+            tensors=[*self.tensors, *(scales[self.tensors[i]] for i in scaled)],
+            kinds=np.append(self.kinds, [numbers[k] for k in self.kinds[scaled].tolist()]),
+            known=tuple(known),
         )
 
 
@@ -156,9 +187,10 @@ def forecast(manifest: Manifest, layout: Layout, others: Mapping[str, Ints] = Ma
     for dtype, owned in others.items():
         _add_memory(memory, dtype, owned)
 
-    columns = _Columns.of(manifest, layout)
+    joinable = layout if layout.composed else layout.of_one_tensor_each(manifest)
+    columns = _Columns.of(manifest, joinable)
     bytes_read, reads, files = (
-        _one_by_one(manifest, layout) if columns is None else _together(manifest, layout, columns)
+        _one_by_one(manifest, layout) if columns is None else _together(manifest, joinable, columns)
     )
 
     return Forecast(bytes_read=bytes_read, reads=reads, memory=memory, files=files)
@@ -308,7 +340,7 @@ def _one_by_one(manifest: Manifest, layout: Layout) -> tuple[Ints, Ints, Flags]:
         if twin < rank:
             bytes_read[rank], reads[rank], files[:, rank] = bytes_read[twin], reads[twin], files[:, twin]
             continue
-        planned = plan(manifest, layout.wanted(rank))
+        planned = plan(manifest, layout.wanted(manifest, rank))
         bytes_read[rank], reads[rank] = planned.read_bytes, planned.num_reads
         files[sorted({*planned.shards, *planned.rows.shards}), rank] = True
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from lading.errors import InternalError
 from lading.formats.manifest import BITS, Manifest, Piece
+from lading.planning.block_scales import Scaling
 from lading.planning.box import Box
 from lading.planning.composition import Source, pieces
 
@@ -40,6 +41,9 @@ class Wanted:
     composed: Mapping[int, Source] = field(default_factory=dict)
     """The compositions, by position in these columns, of entries that are not one tensor as it is; the box is a part of
     the composed tensor."""
+    scalings: Sequence[Scaling] = ()
+    """The products to make in memory. The scales of each are an entry of these columns: the last ones, in this
+    order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,15 @@ import math
 import mmap
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lading.formats.manifest import BITS, Manifest
+from lading.formats.manifest import BITS, BLOCK, Manifest
+from lading.planning.block_scales import SCALE_DTYPE, scale_shape
 from lading.planning.box import Box
 from lading.planning.plan import PAGE
 from lading.transfer.drive import COLD_THREADS, busy, cores, drive
@@ -87,8 +88,15 @@ class Files(NamedTuple):
     files: Sequence[ShardFile]
 
     def has_values(self, tensor: int) -> bool:
-        """Return whether the values of a tensor can be read: torch has its dtype."""
-        return self.manifest.dtypes[tensor] in TORCH_DTYPES
+        """Return whether the values of a tensor can be read: torch has its dtype, and its scales are as they should."""
+        manifest = self.manifest
+        scales = manifest.scales.get(tensor)
+        fits = scales is None or (manifest.dtypes[scales], manifest.shapes[scales]) == (
+            SCALE_DTYPE,
+            scale_shape(manifest.shapes[tensor]),
+        )
+
+        return fits and manifest.dtypes[tensor] in TORCH_DTYPES
 
 
 def compare_tensors(
@@ -129,7 +137,8 @@ class _Side(NamedTuple):
 
     @classmethod
     def opened(cls, stack: ExitStack, side: Files, tensors: set[int]) -> _Side:
-        pieces = side.manifest.pieces
+        pieces, scales = side.manifest.pieces, side.manifest.scales
+        tensors = tensors | {scales[i] for i in tensors if i in scales}
         needed = sorted(
             {side.manifest.shard_ids[i] for i in tensors} | {p.shard for i in tensors for p in pieces.get(i, ())}
         )
@@ -139,8 +148,28 @@ class _Side(NamedTuple):
     def is_cold(self, tensor: int) -> bool:
         return self.shards[self.manifest.shard_ids[tensor]].is_cold(self.manifest.offsets[tensor])
 
+    def dtype_of(self, tensor: int) -> str:
+        """Return the dtype of the values of a tensor, as :meth:`read` returns them."""
+        return SCALE_DTYPE if tensor in self.manifest.scales else self.manifest.dtypes[tensor]
+
     def read(self, tensor: int, first: int, count: int, buffer: mmap.mmap) -> Tensor:
         """Return elements of a tensor, valid until the next call with this buffer."""
+        values = self._read_stored(tensor, first, count, buffer)
+        if tensor not in self.manifest.scales:
+            return values
+
+        scales = self.manifest.scales[tensor]
+        shape, blocks = self.manifest.shapes[tensor], self.manifest.shapes[scales]
+        with closing(mmap.mmap(-1, self.manifest.nbytes(scales) + PAGE)) as memory:
+            factors = self._read_stored(scales, 0, math.prod(blocks), memory).clone()
+        rows = torch.arange(first, first + count) // shape[-1]
+        columns = torch.arange(first, first + count) % shape[-1]
+        matrix, row = rows // shape[-2], rows % shape[-2]
+        block = (matrix * blocks[-2] + row // BLOCK) * blocks[-1] + columns // BLOCK
+
+        return values.to(torch.float32).mul_(factors[block])
+
+    def _read_stored(self, tensor: int, first: int, count: int, buffer: mmap.mmap) -> Tensor:
         dtype = TORCH_DTYPES[self.manifest.dtypes[tensor]]
         if tensor in self.manifest.pieces:
             for shard, offset, place, size in self._runs(tensor, first, count):
@@ -181,14 +210,14 @@ class _Comparison:
         self._a, self._b = a, b
         self._pairs = pairs
         self._lock = threading.Lock()
-        self.dtypes = [compared_as(a.manifest.dtypes[i], b.manifest.dtypes[j]) for i, j in pairs]
+        self.dtypes = [compared_as(a.dtype_of(i), b.dtype_of(j)) for i, j in pairs]
         self.elements = [math.prod(a.manifest.shapes[i]) for i, _ in pairs]
         self.found = [Found(0, 0 if dtype is torch.int64 else 0.0, 0.0) for _, dtype in self.dtypes]
 
     def steps(self) -> Iterator[_Step]:
         """Yield all elements, in steps for several threads."""
         for pair, (i, j) in enumerate(self._pairs):
-            most = _STEP * 8 // max(BITS[self._a.manifest.dtypes[i]], BITS[self._b.manifest.dtypes[j]])
+            most = _STEP * 8 // max(BITS[self._a.dtype_of(i)], BITS[self._b.dtype_of(j)])
             for first in range(0, self.elements[pair], most):
                 yield _Step(pair, first, min(most, self.elements[pair] - first))
 

@@ -13,6 +13,7 @@ from lading.gangs import Gang
 from lading.planning.plan import Plan, Wanted
 from lading.transfer.arena import Arena
 from lading.transfer.cooperative import Demand, Joint
+from lading.transfer.dequantize import dequantize
 from lading.transfer.exchange import execute_cooperatively
 from lading.transfer.execute import execute
 from lading.transfer.files import File
@@ -28,7 +29,7 @@ class LoadedTensors:
     """The result of a plan."""
 
     tensors: Sequence[Tensor]
-    """The wanted tensors, in their order."""
+    """The wanted tensors, in their order, without the scales among them."""
     wanted: Sequence[int]
     """The positions in the manifest of the tensors with bytes that this rank read, or all ranks that read with it."""
     unvouched: Sequence[int]
@@ -72,7 +73,7 @@ def load_tensors(
     tensors = execute(planned, files, _shapes(wanted), arena=arena, progress=progress, observer=hasher, ahead=ahead)
 
     return LoadedTensors(
-        tensors=tensors,
+        tensors=dequantize(tensors, wanted.scalings, progress=progress),
         wanted=read,
         unvouched=unvouched,
         digests=None if hasher is None else hasher.digests(),
@@ -114,7 +115,7 @@ def load_cooperatively(
                 planned, schedule, files, _shapes(wanted), host=host, arena=arena, progress=progress
             )
             return LoadedTensors(
-                tensors=tensors,
+                tensors=dequantize(tensors, wanted.scalings, progress=progress),
                 wanted=read,
                 unvouched=unvouched,
                 digests=nothing if joint.hasher is None else joint.hasher.digests(),

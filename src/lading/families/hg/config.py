@@ -41,6 +41,8 @@ _IGNORED_KEYS = frozenset(
         "use_kernels",
         # This requests further weights from another repository.
         "use_pretrained_backbone",
+        # A load dequantizes the weights.
+        "quantization_config",
     }
 )
 

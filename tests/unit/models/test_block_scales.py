@@ -1,0 +1,222 @@
+"""Weights in float8 with a scale for each block: a load, and all else that reads them, sees plain values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lading.catalog.import_cards import import_cards
+from lading.errors import DigestMismatchError, LadingError, ModelCheckpointMismatchError, NotSupportedError
+from lading.families.hg import get_hg_model_hub
+from lading.formats import index
+from lading.gangs import simulate_gangs
+from lading.models.hf_config import family_of_folder
+from lading.models.hub import ModelHub, load_model, load_with_report
+from lading.operations.check import check_model
+from lading.operations.diff import diff_models
+from lading.operations.export import convert_checkpoint
+from lading.operations.plan import plan_load
+from tests.helpers.block_scaled import quantize_folder
+from tests.helpers.make_checkpoint import CONFIG
+from tests.servers.hostile import serve
+
+SIZES = {"hidden_size": 144, "intermediate_size": 296, "head_dim": 36, "num_attention_heads": 8}
+"""Sizes that are no multiples of a block, and whose halves end inside one."""
+
+CARD = {
+    "model_dim": 144, "max_seq_len": 128, "vocab_size": 100, "tied_embeddings": True, "num_layers": 2,
+    "num_attn_heads": 8, "num_key_value_heads": 2, "head_dim": 36, "qkv_proj_bias": False, "q_norm": True,
+    "k_norm": True, "ffn_inner_dim": 296,
+}  # fmt: skip
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("scaled") / "model"
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(**{**CONFIG, **SIZES})
+    transformers.Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
+
+    return folder, quantize_folder(folder)
+
+
+def held(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("dtype", ["auto", "keep", torch.float32, torch.float16])
+def test_a_load_rounds_the_products_once(made: tuple[Path, dict[str, Tensor]], dtype: Any, mmap: bool) -> None:
+    folder, plain = made
+    model = load_model(folder, dtype=dtype, mmap=mmap, progress=False)
+
+    expected = torch.bfloat16 if isinstance(dtype, str) else dtype
+    for name, tensor in held(model).items():
+        source = plain["model.embed_tokens.weight" if name == "lm_head.weight" else name]
+        assert tensor.dtype == expected, name
+        assert torch.equal(tensor, source.to(expected)), name
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"sdp": 2}])
+def test_ranks_read_their_part_of_the_numbers_and_the_scales_that_it_needs(
+    made: tuple[Path, dict[str, Tensor]], axes: dict[str, int]
+) -> None:
+    folder, plain = made
+    forecast = plan_load(folder, **axes)
+    for rank in range(2):
+        with simulate_gangs(rank, **axes) as gangs:
+            model, report = load_with_report(folder, gangs=gangs, progress=False)
+        assert (report.bytes_read, report.reads) == (forecast.ranks[rank].bytes_read, forecast.ranks[rank].reads)
+        family, config = family_of_folder(folder)
+        with simulate_gangs(rank, **axes) as gangs:
+            parts = dict(ModelHub(family, None).iter_checkpoint(folder, config, gangs=gangs))  # type: ignore[arg-type]
+        for name, tensor in held(model).items():
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            if name in parts:
+                assert torch.equal(local, parts[name]), name
+        up = plain[UP].bfloat16()
+        dim, size = 0, up.shape[0] // 2
+        assert torch.equal(parts[UP], up.narrow(dim, rank * size, size))
+
+
+def test_a_check_counts_scales_as_parts_of_their_weights(made: tuple[Path, dict[str, Tensor]]) -> None:
+    report = check_model(made[0])
+
+    assert (report.problems, report.quantized, report.dropped) == ((), {}, ())
+    assert report.matched == report.tensors == len(load_file(made[0] / "model.safetensors"))
+
+
+def test_a_conversion_writes_plain_tensors(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    folder, plain = made
+    convert_checkpoint(folder, tmp_path / "exact", dtype=torch.float32, progress=False)
+
+    written = load_file(tmp_path / "exact" / "model.safetensors")
+    assert written.keys() == plain.keys()
+    assert all(torch.equal(written[name], plain[name]) for name in plain)
+    assert "quantization_config" not in json.loads((tmp_path / "exact" / "config.json").read_text())
+
+    convert_checkpoint(folder, tmp_path / "kept", progress=False)
+    kept = load_file(tmp_path / "kept" / "model.safetensors")
+    assert all(torch.equal(kept[name], plain[name].bfloat16()) for name in plain)
+
+
+def test_a_comparison_is_of_values(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    folder, _ = made
+    convert_checkpoint(folder, tmp_path / "exact", dtype=torch.float32, progress=False)
+
+    report = diff_models(folder, tmp_path / "exact", values=True)
+    assert report.values[UP].compared_as == "F32"
+    assert all(found.equal for found in report.values.values())
+
+
+def broken(folder: Path, to: Path, change: Any) -> Path:
+    to.mkdir()
+    (to / "config.json").write_text((folder / "config.json").read_text())
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, to / "model.safetensors")
+
+    return to
+
+
+SCALES = f"{UP}_scale_inv"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda s: s.pop(SCALES), f"missing: {SCALES} [3, 2]"),
+        (lambda s: s.update({SCALES: s[SCALES][:2]}), f"mis-shaped: {SCALES} is expected to be [3, 2], but is [2, 2]"),
+        (lambda s: s.update({SCALES: s[SCALES][0, 0]}), f"mis-shaped: {SCALES} is expected to be [3, 2], but is []"),
+        (lambda s: s.update({SCALES: s[SCALES].half()}), f"of another dtype: {SCALES} is expected to be F32"),
+        (lambda s: s.update({UP: s[UP].bfloat16()}), f"unexpected: {SCALES}"),
+        (lambda s: s.update({"x.weight_scale_inv": s[SCALES].clone()}), "unexpected: x.weight_scale_inv"),
+    ],
+    ids=["missing", "shape", "scalar", "dtype", "plain weight", "of nothing"],
+)
+def test_scales_that_do_not_fit(
+    made: tuple[Path, dict[str, Tensor]], tmp_path: Path, change: Any, problem: str
+) -> None:
+    folder = broken(made[0], tmp_path / "x", change)
+
+    assert any(problem in each for each in check_model(folder).problems)
+    with pytest.raises(ModelCheckpointMismatchError) as raised:
+        load_model(folder, progress=False)
+    assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight_block_size": [64, 128]},
+        {"weight_block_size": None},
+        {"activation_scheme": "static"},
+        {"quant_method": "compressed-tensors"},
+    ],
+)
+def test_other_schemes_are_refused_by_name(
+    made: tuple[Path, dict[str, Tensor]], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    folder = broken(made[0], tmp_path / "x", lambda state: None)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(NotSupportedError) as raised:
+        load_model(folder, progress=False)
+    assert repr(config["quantization_config"]["quant_method"]) in str(raised.value)
+    assert isinstance(raised.value, LadingError)
+
+
+# --- other ways to the bytes ------------------------------------------------------------------------------------------
+
+
+def test_the_class_of_transformers_gets_plain_weights(made: tuple[Path, dict[str, Tensor]], home: Path) -> None:
+    folder, plain = made
+    model = get_hg_model_hub().load_model(folder, dtype=torch.float32, progress=False)
+
+    assert all(torch.equal(held(model)[name], plain[name]) for name in plain)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+
+
+def test_scales_are_verified_as_all_other_bytes(
+    made: tuple[Path, dict[str, Tensor]], tmp_path: Path, home: Path
+) -> None:
+    folder = broken(made[0], tmp_path / "x", lambda state: None)
+    import_cards([{"name": "scaled", "model_family": "qwen", "checkpoint": str(folder)}], source="memory")
+    load_model("scaled", progress=False)
+    _, again = load_with_report("scaled", verify="always", progress=False)
+    assert again.verified is not False
+
+    manifest = index(folder)
+    at = manifest.offsets[manifest.names.index(SCALES)]
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[at + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DigestMismatchError):
+        load_model("scaled", verify="always", progress=False)
+
+
+def test_a_stream_reads_the_scales(
+    made: tuple[Path, dict[str, Tensor]], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plain = made
+    monkeypatch.delenv("LADING_OFFLINE")
+    with serve({f"/m/{path.name}": path.read_bytes() for path in folder.iterdir()}) as server:
+        card = {"name": "far", "model_family": "qwen", "checkpoint": server.url("/m/model.safetensors")}
+        import_cards([card | {"model_config": CARD}], source="memory")
+        model, report = load_with_report("far", stream=True, dtype="bf16", progress=False)
+
+    assert report.streamed
+    assert all(torch.equal(held(model)[name], plain[name].bfloat16()) for name in plain)
