@@ -25,6 +25,9 @@ def randomise(module: nn.Module, gain: float = 2.0) -> None:
             parameter.normal_(std=gain * parameter[0].numel() ** -0.5)
         else:
             parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+    for name, buffer in module.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.uniform_(-0.5, 0.5)
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

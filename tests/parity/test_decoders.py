@@ -27,6 +27,19 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_jitter_noise": 0.0}
 LLAMA4 = {
     "head_dim": 16,
@@ -143,14 +156,32 @@ CASES = [
             "rms_norm_eps": 1e-3,
         },
     ),
+    Case("deepseek", "deepseek_v3", {**LATENT, "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
+    Case(
+        "deepseek-queries-in-one-step",
+        "deepseek_v3",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "attention_bias": True,
+            "rope_interleave": False,
+            "n_shared_experts": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 2,
+            "rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4},
+        },
+    ),
+    Case("deepseek-dense", "deepseek_v3", {**LATENT, "first_k_dense_replace": 3, "rope_theta": 77.0}),
     Case("mistral-window-as-long", "mistral", {"sliding_window": 17, "tie_word_embeddings": True}),
 ]
 
 QUICK = {
     "llama-mqa-tied", "llama-biases", "llama3-scaling", "qwen2", "qwen2-window", "qwen3-wide-heads-tied",
     "mistral-window", "mistral-window-1", "olmo2-gqa-tied", "olmo3", "olmo3-yarn-types-and-amplitude", "gemma3",
-    "gemma3-scaled", "mixtral-window", "qwen3-moe", "qwen3-moe-odd-width", "llama4",
-    "llama4-interleaved",
+    "deepseek", "deepseek-queries-in-one-step", "gemma3-scaled", "mixtral-window", "qwen3-moe", "qwen3-moe-odd-width",
+    "llama4", "llama4-interleaved",
 }  # fmt: skip
 """Each family, and each kind of heads, of windows, of rotary scaling, of experts and of ties."""
 
@@ -301,7 +332,7 @@ def test_half_precision(model_type: str) -> None:
         CASES[4],
         CASES[12],
         CASES[16],
-        *(case for case in CASES if case.id in ("mixtral", "qwen3-moe", "llama4")),
+        *(case for case in CASES if case.id in ("mixtral", "qwen3-moe", "llama4", "deepseek")),
     ],
     ids=lambda case: case.id,
 )

@@ -132,14 +132,7 @@ def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
     between layers.
     """
     layer = "model.layers.*"
-    attention = {
-        "q_proj": Split.COLUMN,
-        "k_proj": Split.KEY_VALUE,
-        "v_proj": Split.KEY_VALUE,
-        "o_proj": Split.ROW,
-        "q_norm": Split.HEADS,
-        "k_norm": Split.HEADS,
-    }
+    attention = _ATTENTION if spec.latent is None else _LATENT_ATTENTION
     divisible = {"num_attn_heads": spec.num_attn_heads}
     if spec.norm_whole:
         # A normalization over all heads needs all of them on each rank.
@@ -172,7 +165,8 @@ def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
             "lm_head": Split.LOGITS,
         },
         divisible=divisible,
-        num_key_value_heads=spec.num_key_value_heads,
+        # All heads share the rotated key of latent attention.
+        num_key_value_heads=spec.num_key_value_heads if spec.latent is None else 1,
         num_experts=1 if spec.experts is None else spec.experts.num_experts,
         units=(layer,),
         stages=Stages(
@@ -182,6 +176,28 @@ def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
             last=("model.norm", "lm_head"),
         ),
     )
+
+
+_ATTENTION: Final[Mapping[str, Split]] = {
+    "q_proj": Split.COLUMN,
+    "k_proj": Split.KEY_VALUE,
+    "v_proj": Split.KEY_VALUE,
+    "o_proj": Split.ROW,
+    "q_norm": Split.HEADS,
+    "k_norm": Split.HEADS,
+}
+
+_LATENT_ATTENTION: Final[Mapping[str, Split]] = {
+    "q_proj": Split.COLUMN,
+    "q_a_proj": Split.REPLICATED,
+    "q_a_layernorm": Split.REPLICATED,
+    "q_b_proj": Split.COLUMN,
+    "kv_a_proj_with_mqa": Split.REPLICATED,
+    "kv_a_layernorm": Split.REPLICATED,
+    "kv_b_proj": Split.COLUMN,
+    "shared_key": Split.KEY_VALUE,
+    "o_proj": Split.ROW,
+}
 
 
 def _gated(name: str) -> dict[str, Split]:

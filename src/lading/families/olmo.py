@@ -25,7 +25,8 @@ from lading.families.decoder_family import (
 )
 from lading.families.name_rules import fairseq2_rules
 from lading.families.nn.decoder_spec import DecoderSpec
-from lading.families.nn.rope_scaling import YaRNScaling
+from lading.families.yarn import YaRNScaleConfig as YaRNScaleConfig
+from lading.families.yarn import read_yarn, yarn_keys, yarn_scaling
 from lading.models.accessor import ModelHubAccessor
 from lading.models.family import Family
 from lading.planning.rules import Rule
@@ -35,35 +36,6 @@ if TYPE_CHECKING:
     from lading.families.nn.decoder_models import OLMO as OLMO
 else:
     __getattr__ = deferred(globals(), OLMO="lading.families.nn.decoder_models")
-
-
-@dataclass(kw_only=True)
-class YaRNScaleConfig:
-    """The scaling of rotary frequencies in OLMo 3."""
-
-    scale_factor: float = 8.0
-    """The context to reach, divided by the context of the first training."""
-
-    original_max_seq_len: int = 8192
-    """The context of the first training, in tokens."""
-
-    beta_fast: float = 32.0
-    """The rotations in that context from which on a dimension stays as it is."""
-
-    beta_slow: float = 1.0
-    """The rotations in that context up to which a dimension is stretched by the whole factor."""
-
-    mscale: float = 1.0
-    """The sharpening of attention; without ``mscale_all_dim`` it counts as 1."""
-
-    mscale_all_dim: float = 0.0
-    """The divisor of ``mscale``; 0 means none."""
-
-    truncate: bool = True
-    """True if the dimensions at which stretching starts and ends are rounded to integers."""
-
-    amplitude: float | None = None
-    """The factor of cosines and sines; ``None`` computes it from the fields above."""
 
 
 @dataclass(kw_only=True)
@@ -124,7 +96,7 @@ def _spec(config: OLMOConfig) -> DecoderSpec:
         norms="after",
         wide_norm=True,
         norm_eps=config.rms_norm_eps,
-        rope_scaling=None if yarn is None else _scaling(yarn),
+        rope_scaling=None if yarn is None else yarn_scaling(yarn),
         window_rope_theta=config.rope_theta if local else None,
         wide_rotary=True,
     )
@@ -139,24 +111,6 @@ def _layer_types(config: OLMOConfig) -> list[LayerType]:
         types[-1] = "full_attention"
 
     return types
-
-
-def _scaling(config: YaRNScaleConfig) -> YaRNScaling:
-    amplitude = config.amplitude
-    if amplitude is None:
-        amplitude = YaRNScaling.default_amplitude(config.scale_factor)
-        if config.mscale and config.mscale_all_dim:
-            numerator = YaRNScaling.default_amplitude(config.scale_factor, config.mscale)
-            amplitude = numerator / YaRNScaling.default_amplitude(config.scale_factor, config.mscale_all_dim)
-
-    return YaRNScaling(
-        factor=config.scale_factor,
-        original_seq_len=config.original_max_seq_len,
-        beta_fast=config.beta_fast,
-        beta_slow=config.beta_slow,
-        amplitude=amplitude,
-        truncate=config.truncate,
-    )
 
 
 def _require_head_dim(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -222,7 +176,7 @@ def _read_rope(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, A
     if window_theta != theta:
         key = "rope_theta" if keys.is_null("rope_parameters") else "rope_parameters"
         keys.refuse(key, keys.values().get(key))
-    yarn = None if scaling is None else _read_yarn(scaling, earlier["max_seq_len"])
+    yarn = None if scaling is None else read_yarn(scaling, earlier["max_seq_len"])
 
     return {"rope_theta": theta, "yarn_scale_config": yarn}
 
@@ -230,36 +184,9 @@ def _read_rope(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, A
 def _rope_keys(config: OLMOConfig) -> Mapping[str, object]:
     plain = {"rope_type": "default", "rope_theta": config.rope_theta}
     yarn = config.yarn_scale_config
-    full = plain if yarn is None else plain | _yarn_values(yarn)
+    full = plain if yarn is None else plain | yarn_keys(yarn)
 
     return {"rope_parameters": {"full_attention": full, "sliding_attention": plain}}
-
-
-def _read_yarn(keys: ConfigReader, max_seq_len: int) -> YaRNScaleConfig:
-    original = keys.count("original_max_position_embeddings", max_seq_len)
-
-    return YaRNScaleConfig(
-        scale_factor=max_seq_len / original if keys.is_null("factor") else keys.number("factor", None),
-        original_max_seq_len=original,
-        beta_fast=32.0 if keys.is_null("beta_fast") else keys.number("beta_fast", None),
-        beta_slow=1.0 if keys.is_null("beta_slow") else keys.number("beta_slow", None),
-        mscale=0.0 if keys.is_null("mscale") else keys.number("mscale", None),
-        mscale_all_dim=0.0 if keys.is_null("mscale_all_dim") else keys.number("mscale_all_dim", None),
-        truncate=keys.flag("truncate", True),
-        amplitude=None if keys.is_null("attention_factor") else keys.number("attention_factor", None),
-    )
-
-
-def _yarn_values(config: YaRNScaleConfig) -> dict[str, object]:
-    return {
-        "rope_type": "yarn",
-        "factor": config.scale_factor,
-        "original_max_position_embeddings": config.original_max_seq_len,
-        "beta_fast": config.beta_fast,
-        "beta_slow": config.beta_slow,
-        "truncate": config.truncate,
-        "attention_factor": _scaling(config).amplitude,
-    }
 
 
 OLMO_3_JSON = replace(

@@ -6,32 +6,19 @@ wanted; the products are made in memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from lading.formats.manifest import BLOCK, SCALE_SUFFIX, Manifest
 from lading.planning.box import Box, Selection
 from lading.planning.composition import pieces
+from lading.planning.plan import Scaling, Wanted
 from lading.planning.rules import Rule
-
-if TYPE_CHECKING:
-    from lading.planning.plan import Wanted
 
 SCALES_RULE = Rule(f"{{name*}}{SCALE_SUFFIX}", None, computed=True)
 """The rule of the tensors with scales, which belong to another tensor and make no parameter of their own."""
 
 SCALE_DTYPE = "F32"
 """The dtype of scales, in which the products are made."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """The products of a part of a tensor in memory with the scales of its blocks."""
-
-    wanted: int
-    """The position of the entry with the part."""
-    selection: Selection
-    """The elements of the tensor in the file, and their places in the memory of the entry."""
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from lading.errors import InternalError
 from lading.formats.manifest import BITS, Manifest, Piece
-from lading.planning.block_scales import Scaling
-from lading.planning.box import Box
+from lading.planning.box import Box, Selection
 from lading.planning.composition import Source, pieces
 
 PAGE = 4096
@@ -26,6 +25,16 @@ GAP = 32 << 10
 
 LONG_RUN = 256 << 10
 """The size in bytes above which a run is a read of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """The products of a part of a tensor in memory with the scales of its blocks."""
+
+    wanted: int
+    """The position of the entry with the part."""
+    selection: Selection
+    """The elements of the tensor in the file, and their places in the memory of the entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lading.formats.manifest import BLOCK
-from lading.planning.block_scales import Scaling
+from lading.planning.plan import Scaling
 from lading.transfer.drive import busy, cores, drive
 from lading.transfer.execute import single_threads
 

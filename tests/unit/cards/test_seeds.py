@@ -95,6 +95,7 @@ PARAMETERS = {
     ("mistral", "7b_v0.2"): 7_241_732_096,
     ("mistral", "7b_v0.3"): 7_248_023_552,
     ("mistral", "nemo"): 12_247_782_400,
+    ("deepseek", "v3"): 671_026_404_352,
     ("mixtral", "mixtral_8x7b"): 46_702_792_704,
     ("mixtral", "mixtral_8x22b"): 140_620_634_112,
     ("nllb", "dense_300m"): 438_716_416,

@@ -11,6 +11,7 @@ import pytest
 from lading.catalog.store import get_asset_store
 from lading.errors import ModelConfigError
 from lading.families.bert import BertConfig
+from lading.families.deepseek import DeepSeekConfig
 from lading.families.gemma3 import Gemma3Config
 from lading.families.jepa import JepaConfig, JepaEncoderConfig
 from lading.families.jepa_classifier import JepaClassifierConfig
@@ -82,6 +83,8 @@ ENCODER = Wav2Vec2EncoderConfig(
         ("olmo", OLMOConfig(**SMALL, num_key_value_heads=2, pad_idx=1)),
         ("gemma3", Gemma3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
         ("mixtral", MixtralConfig(**SMALL, num_key_value_heads=2, num_experts=3)),
+        ("deepseek", DeepSeekConfig(**SMALL, num_key_value_heads=4, attn_bias=True)),
+        ("deepseek", DeepSeekConfig(**SMALL, num_key_value_heads=4, query_rank=None, num_dense_layers=1)),
         ("qwen3_moe", Qwen3MoEConfig(**SMALL, num_experts=9, expert_inner_dim=20, dense_layers=[0])),
         ("qwen3_moe", Qwen3MoEConfig(**SMALL, num_experts=9, moe_layer_step=4)),
     ],
@@ -96,6 +99,8 @@ ENCODER = Wav2Vec2EncoderConfig(
         "olmo",
         "gemma3",
         "mixtral",
+        "deepseek-dense",
+        "deepseek",
         "qwen3-moe",
         "no-experts",
     ],
@@ -165,6 +170,8 @@ def test_those_of_encoders(family: str, config: Any) -> None:
         ("qwen3_moe", Qwen3MoEConfig(num_experts=7)),
         ("qwen3_moe", Qwen3MoEConfig(moe_layer_step=0)),
         ("mixtral", MixtralConfig(top_k=0)),
+        ("deepseek", DeepSeekConfig(num_key_value_heads=1)),
+        ("deepseek", DeepSeekConfig(rotary_dim=63)),
         ("bert", BertConfig(model_dim=10, num_attn_heads=3)),
         ("wav2vec2", Wav2Vec2Config(quantized_dim=5, num_codebooks=2)),
         ("wav2vec2", Wav2Vec2Config(final_dim=0)),

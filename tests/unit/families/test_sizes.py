@@ -28,6 +28,7 @@ MODEL_TYPES = [
     "olmo2",
     "olmo3",
     "gemma3_text",
+    "deepseek_v3",
     "bert",
     "m2m_100",
     "speech_to_text",

@@ -75,7 +75,7 @@ def test_ranks_read_their_part_of_the_numbers_and_the_scales_that_it_needs(
     forecast = plan_load(folder, **axes)
     for rank in range(2):
         with simulate_gangs(rank, **axes) as gangs:
-            model, report = load_with_report(folder, gangs=gangs, progress=False)
+            model, report = load_with_report(folder, gangs=gangs, dtype="auto", progress=False)
         assert (report.bytes_read, report.reads) == (forecast.ranks[rank].bytes_read, forecast.ranks[rank].reads)
         family, config = family_of_folder(folder)
         with simulate_gangs(rank, **axes) as gangs:

@@ -14,6 +14,7 @@ from lading.families.nn.cache import KeyValueCache
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.experts import MixtureOfExperts
 from lading.families.nn.ffn import GatedFeedForward
+from lading.families.nn.latent_attention import LatentSelfAttention
 from lading.families.nn.norm import RMSNorm
 from lading.families.nn.rope import RotaryEmbedding
 from lading.families.nn.uninitialized import Embedding
@@ -27,7 +28,8 @@ class DecoderLayer(nn.Module):
 
         self.dropout_p = spec.dropout_p
 
-        self.self_attn = CausalSelfAttention(spec, layer)
+        attention = LatentSelfAttention if spec.latent is not None else CausalSelfAttention
+        self.self_attn = attention(spec, layer)
         experts = spec.experts_of(layer)
         self.ffn_name = spec.ffn_name
         self.add_module(spec.ffn_name, GatedFeedForward(spec) if experts is None else MixtureOfExperts(experts, spec))
@@ -84,10 +86,10 @@ class Decoder(nn.Module):
         self.embed_tokens: Embedding | None = Embedding(spec.vocab_size, spec.model_dim, padding_idx=spec.pad_idx)
         self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.num_layers))
         self.norm: RMSNorm | None = RMSNorm.of(spec, spec.model_dim)
-        self.rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.rope_theta, scaling=spec.rope_scaling)
+        self.rotary_emb = RotaryEmbedding(spec.rotary_dim, theta=spec.rope_theta, scaling=spec.rope_scaling)
         self.window_rotary_emb: RotaryEmbedding | None = None
         if spec.window_rope_theta is not None:
-            self.window_rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.window_rope_theta)
+            self.window_rotary_emb = RotaryEmbedding(spec.rotary_dim, theta=spec.window_rope_theta)
 
         self.windows = tuple(spec.window_of(layer) for layer in range(spec.num_layers))
         self.chunked = spec.chunked_attn

@@ -5,6 +5,10 @@ from __future__ import annotations
 from lading.families.nn.decoder_lm import DecoderLM
 
 
+class DeepSeek(DecoderLM):
+    """A DeepSeek language model."""
+
+
 class Gemma3(DecoderLM):
     """A Gemma 3 language model."""
 

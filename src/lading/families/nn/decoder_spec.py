@@ -15,6 +15,7 @@ from lading.families.nn.checks import (
     shared_fields,
 )
 from lading.families.nn.experts_spec import ExpertsSpec, gated_shapes
+from lading.families.nn.latent_spec import LatentSpec
 from lading.families.nn.rope_scaling import Scaling
 from lading.families.nn.shapes import Shapes, projection, under
 
@@ -100,6 +101,8 @@ class DecoderSpec:
     """The factor of the attention scores; ``None`` means ``head_dim ** -0.5``."""
     ffn_name: Literal["mlp", "feed_forward"] = "mlp"
     """The name of the feed-forward network in a layer."""
+    latent: LatentSpec | None = None
+    """The options of latent attention, in place of attention with grouped queries."""
     ffn_activation: Activation = "silu"
     experts: ExpertsSpec | None = None
     """The experts, in place of the feed-forward network of some or all layers."""
@@ -129,6 +132,11 @@ class DecoderSpec:
         require_size("the width of all attention heads together", self.num_attn_heads * self.attn_head_dim)
         if self.attn_head_dim % 2 != 0:
             raise ValueError(f"the heads must be of even width for rotary embeddings, but are of {self.attn_head_dim}")
+        if self.latent is not None and self.num_key_value_heads != self.num_attn_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must be `num_attn_heads` in latent attention, but they are "
+                f"{self.num_key_value_heads} and {self.num_attn_heads}"
+            )
         require_symbol(self.pad_idx, self.vocab_size)
         require_dropout(self, "dropout_p")
         if self.experts is not None and self.experts.layers is not None:
@@ -172,6 +180,11 @@ class DecoderSpec:
         """The width of an attention head."""
         return self.model_dim // self.num_attn_heads if self.head_dim is None else self.head_dim
 
+    @property
+    def rotary_dim(self) -> int:
+        """The width of the part of an attention head that the rotary embedding turns."""
+        return self.attn_head_dim if self.latent is None else self.latent.rotary_dim
+
     def window_of(self, layer: int) -> int | None:
         """Return the attention window of layer ``layer``, or ``None`` if it attends to all tokens before."""
         full = layer < self.num_full_attn_layers or layer in self.full_attn_layers
@@ -199,18 +212,11 @@ class DecoderSpec:
         }
 
     def _layer_shapes(self, experts: ExpertsSpec | None) -> Shapes:
-        dim, head = self.model_dim, self.attn_head_dim
-        queries, keys = self.num_attn_heads * head, self.num_key_value_heads * head
-        found = {
-            **projection("self_attn.q_proj", dim, queries, bias=self.qkv_proj_bias),
-            **projection("self_attn.k_proj", dim, keys, bias=self.qkv_proj_bias),
-            **projection("self_attn.v_proj", dim, keys, bias=self.qkv_proj_bias),
-            **projection("self_attn.o_proj", queries, dim, bias=self.output_proj_bias),
-        }
-        if self.q_norm:
-            found["self_attn.q_norm.weight"] = (queries if self.norm_whole else head,)
-        if self.k_norm:
-            found["self_attn.k_norm.weight"] = (keys if self.norm_whole else head,)
+        dim = self.model_dim
+        if self.latent is None:
+            found = under("self_attn", self._attention_shapes())
+        else:
+            found = under("self_attn", self.latent.shapes(dim, self.num_attn_heads))
         if experts is None:
             found |= under(self.ffn_name, gated_shapes(dim, self.ffn_inner_dim, bias=self.ffn_bias))
         else:
@@ -223,3 +229,19 @@ class DecoderSpec:
         }
 
         return found | {f"{name}_layernorm.weight": (dim,) for name in norms[self.norms]}
+
+    def _attention_shapes(self) -> Shapes:
+        dim, head = self.model_dim, self.attn_head_dim
+        queries, keys = self.num_attn_heads * head, self.num_key_value_heads * head
+        found = {
+            **projection("q_proj", dim, queries, bias=self.qkv_proj_bias),
+            **projection("k_proj", dim, keys, bias=self.qkv_proj_bias),
+            **projection("v_proj", dim, keys, bias=self.qkv_proj_bias),
+            **projection("o_proj", queries, dim, bias=self.output_proj_bias),
+        }
+        if self.q_norm:
+            found["q_norm.weight"] = (queries if self.norm_whole else head,)
+        if self.k_norm:
+            found["k_norm.weight"] = (keys if self.norm_whole else head,)
+
+        return found

@@ -29,10 +29,10 @@ class Router(nn.Module):
         self.is_wide = spec.wide_router
 
         self.weight = nn.Parameter(torch.empty(spec.num_experts, model_dim))
-        self.e_score_correction_bias: nn.Parameter | None = None
-        if spec.correction_bias:
-            # Training moves it by the load of the experts, without a gradient.
-            self.e_score_correction_bias = nn.Parameter(torch.empty(spec.num_experts), requires_grad=False)
+        # Training moves it by the load of the experts, without a gradient. As a buffer it keeps its own dtype where
+        # parameters are sharded together.
+        bias = torch.empty(spec.num_experts) if spec.correction_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, model_dim) → (T, num_experts)."""
@@ -103,8 +103,8 @@ class MixtureOfExperts(nn.Module):
         """Map (…, model_dim) → the same shape."""
         tokens = x.flatten(0, -2)
         router: Any = self.get_submodule(self.spec.router_name)
-        bias = router.e_score_correction_bias
-        y: Tensor = self.experts(tokens, *choose(self.spec, router(tokens), None if bias is None else _local(bias)))
+        chosen, weights = choose(self.spec, router(tokens), router.e_score_correction_bias)
+        y: Tensor = self.experts(tokens, chosen, weights)
         if self.spec.shared_inner_dim is not None:
             y = y + self.get_submodule(self.spec.shared_name)(tokens)
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lading.families.nn.checks import require_multiple, require_positive, require_size
 from lading.families.nn.shapes import Shapes, projection, under
+from lading.models.targets import Buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ class ExpertsSpec:
             f"{self.router_name}.weight": (self.num_experts, model_dim),
         }
         if self.correction_bias:
-            found[f"{self.router_name}.e_score_correction_bias"] = (self.num_experts,)
+            found[f"{self.router_name}.e_score_correction_bias"] = Buffer((self.num_experts,))
         if self.shared_inner_dim is not None:
             found |= under(self.shared_name, gated_shapes(model_dim, self.shared_inner_dim))
 
