@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -308,6 +309,16 @@ class AssetStore:
                 return next((entry for entry, _ in read_architectures(session, family, name)), None)
 
             return resolve_architecture(name, family, look_up)
+
+    def resolved_architectures(self, family: str) -> Iterator[Architecture]:
+        """Yield the architectures of a family with their bases, by name, except for those that lack a base."""
+        with self._database.session() as session:
+            entries = {entry.name: entry for entry, _ in read_architectures(session, family)}
+
+        for name in sorted(entries):
+            with suppress(AssetCardError):
+                if (found := resolve_architecture(name, family, entries.get)) is not None:
+                    yield found
 
     def architectures(self, family: str | None = None) -> list[ArchitectureSummary]:
         """Return the architectures of a family, or of all families, by family and name."""

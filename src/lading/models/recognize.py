@@ -60,11 +60,9 @@ class Recognizer:
         if family.name not in self._architectures:
             # What config.json cannot say, such as masks in training, tells apart architectures that look alike in it.
             found: dict[str, dict[str, str]] = {}
-            for architecture in self._store.architectures(family.name):
+            for architecture in self._store.resolved_architectures(family.name):
                 try:
-                    own = architecture_config(
-                        self._store.architecture(architecture.name, family.name), family.config_kls
-                    )
+                    own = architecture_config(architecture, family.config_kls)
                     alike = found.setdefault(_described(family, own, as_read=True), {})
                     alike.setdefault(_described(family, own), architecture.name)
                 except (AssetCardError, NotSupportedError):
