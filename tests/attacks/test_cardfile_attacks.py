@@ -66,6 +66,7 @@ def test_tags(tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("depth", [MAX_DEPTH, 1_000, 200_000])
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[a: [", "[?"])
 def test_deep_nesting(opening: str, depth: int) -> None:

@@ -49,6 +49,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(search, "_MANY_HITS", 1)
 
 
+@pytest.mark.few(60)
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("words", NONSENSE, ids=ascii)
 def test_nonsense(store: AssetStore, words: str) -> None:

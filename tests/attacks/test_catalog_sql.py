@@ -245,6 +245,7 @@ def test_a_long_step_in_a_query_without_end(database: Database, expression: str)
     late(database, sql, names)  # type: ignore[arg-type]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "sql",
     [

@@ -379,6 +379,7 @@ def test_a_lent_location_is_asked_for_again(tmp_path: Path) -> None:
 NAMES = ["", ".", "..", "../x", "a/b", "a\\b", "/etc/passwd", "a\0b", "a\nb", "\u202emodel", "x" * 256, " x", "\ud800"]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_hostile_names_are_not_even_asked_for(tmp_path: Path, name: str) -> None:
     with serve({PATH: DATA}) as server:

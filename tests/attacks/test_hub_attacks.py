@@ -154,6 +154,7 @@ def _set_lfs(**values: object) -> Callable[[dict[str, Any]], None]:
     return lambda answer: answer["siblings"][1]["lfs"].update(values)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     "lie",
     [

@@ -508,6 +508,7 @@ def test_values_of_free_form_have_at_most_32_levels(tmp_path: Path, innermost: s
     refused(tmp_path, "'x'", "32 levels of nesting", "more")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", [f'"{"x" * 9_999_998}"', f"[{'1,' * 4_999_998}12]"], ids=["string", "list"])
 def test_values_of_free_form_have_at_most_10_mb(tmp_path: Path, value: str) -> None:
     write_shard(tmp_path, "a.safetensors", "a")

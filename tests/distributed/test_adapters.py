@@ -63,6 +63,7 @@ def load_and_compare(folder: Path, name: str, axes: dict[str, int], cooperative:
     return [key for key, tensor in found.items() if not within_one_ulp(tensor, expected[key])]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "axes", "cooperative"),
     [("hg", {"tp": 2}, False), ("hg", {"sdp": 2}, True), ("qwen", {"tp": 2}, True), ("qwen", {"pp": 2}, False)],

@@ -67,6 +67,7 @@ def saved(pool: Pool, tmp_path: Path, *, nested: bool = True) -> Path:
     return folder
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
 def test_two_ranks_of_fsdp2(pool2: Pool, tmp_path: Path, nested: bool) -> None:
     folder = saved(pool2, tmp_path, nested=nested)
@@ -97,6 +98,7 @@ def load_card(home: Path, name: str, axes: dict[str, int], cooperative: bool) ->
     return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_four_ranks_of_fsdp2_by_card(pool4: Pool, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LADING_DATABASE_URL", f"sqlite:///{home}/c.sqlite")
     folder = saved(pool4, tmp_path)

@@ -36,6 +36,7 @@ def check(folder: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1), (1, 1, 1), (1, 1, 2)], ids=["tp", "sdp", "rdp", "pp"])
 def test_two_ranks(pool2: Pool, tmp_path: Path, axes: tuple[int, int, int]) -> None:
     make(tmp_path / "in")
@@ -103,6 +104,7 @@ def export_with_a_fault(source: Path, folder: Path | str, fault: str) -> None:
         export_model(model, family, config, folder, gangs=gangs, shard_size=20_000)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("fault", ["other", "disk", "memory", "full"])
 def test_a_fault_on_one_rank_raises_on_all(pool2: Pool, tmp_path: Path, fault: str) -> None:
     make(tmp_path / "in")

@@ -95,6 +95,7 @@ def test_a_rank_is_killed(tmp_path: Path, point: str, victim: int) -> None:
     check_gang_errors(outcomes, victim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("point", "victim"), STOPPED)
 def test_a_rank_is_stopped_and_goes_on_too_late(tmp_path: Path, point: str, victim: int) -> None:
     with _struck(tmp_path, point, victim, signal.SIGSTOP, timeout=TIMEOUT) as pool:
@@ -155,6 +156,7 @@ def leaves(how: str, watched: str) -> None:
     root.agree()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["close", "exit", "fork"])
 def test_a_rank_leaves(tmp_path: Path, how: str) -> None:
     watched = tmp_path / "watched"

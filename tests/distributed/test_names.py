@@ -49,6 +49,7 @@ def load(folder: Path, name: str | Path) -> tuple[str, float, list[str]]:
     return type(model).__name__, model.model.rotary_emb.theta, said
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_path_is_the_card_that_has_it_on_all_ranks(pool2: Pool, folder: Path, as_text: bool) -> None:
     kind = str if as_text else Path

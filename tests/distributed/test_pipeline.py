@@ -151,6 +151,7 @@ def test_two_stages(pool2: Pool, staged: dict[str, Path], family: str) -> None:
     assert pool2.values(load_and_compare, staged[family], {"pp": 2}) == [[]] * 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("family", "axes"),
     [

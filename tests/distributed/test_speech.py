@@ -119,6 +119,7 @@ def test_two_ranks(pool2: Pool, family: str, axes: dict[str, int]) -> None:
     assert pool2.values(compare, family, axes) == [[]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [

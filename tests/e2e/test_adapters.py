@@ -197,6 +197,7 @@ def test_large_weights_are_merged_in_slabs(cli: Cli, tmp_path: Path, monkeypatch
     assert [name for name in expected if not within_one_ulp(found[name], expected[name])] == []
 
 
+@pytest.mark.slow
 def test_a_merge_is_as_precise_whatever_the_process_allows(process: Run, cli: Cli, tmp_path: Path) -> None:
     delta = one_weight(tmp_path)
     add(cli, tmp_path, "adapter: lora")
@@ -396,6 +397,7 @@ def test_the_file_of_an_adapter_is_its_card_s(cli: Cli, tmp_path: Path) -> None:
     assert {each["name"] for each in held} == {"base", "tuned"}
 
 
+@pytest.mark.slow
 def test_removal_keeps_the_base_of_another_card(process: Run, tmp_path: Path) -> None:
     one_weight(tmp_path)
     (tmp_path / "cards.yaml").write_text(

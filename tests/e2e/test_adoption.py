@@ -278,6 +278,7 @@ def flip_last_byte(path: Path) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_folder_with_the_bytes_of_a_card(tmp_path: Path, cache: Path, shards: int) -> None:
     folder = make(tmp_path / "models" / "a" / "b" / "renamed", shards=shards)
@@ -359,6 +360,7 @@ def test_the_suggested_overlay_works(tmp_path: Path, cache: Path, tiny: Path) ->
     assert (adoption.status, adoption.cards, adoption.overlays) == ("known", ("tiny",), ())
 
 
+@pytest.mark.slow
 def test_a_cache_in_another_place(tmp_path: Path, cache: Path, tiny: Path) -> None:
     snapshot = add_snapshot(tmp_path / "disk" / "hub", "Qwen/Tiny", tiny)
     add_cards(tmp_path, tiny="hg://qwen/tiny")
@@ -406,6 +408,7 @@ def test_links_to_files_right_in_the_folder_that_was_named(tmp_path: Path, cache
     assert adoption.status == "adopted"
 
 
+@pytest.mark.slow
 def test_a_folder_is_one_checkpoint_by_every_spelling(
     tmp_path: Path, cache: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +433,7 @@ def test_a_folder_is_one_checkpoint_by_every_spelling(
     assert [tuple(row) for row in lading.query("select count(*) from checkpoints").rows] == [(1,)]
 
 
+@pytest.mark.slow
 def test_cards_that_name_a_folder_by_links_name_one_checkpoint(tmp_path: Path, cache: Path, tiny: Path) -> None:
     (tmp_path / "link").symlink_to(tiny.parent)
     (tmp_path / "direct").symlink_to(tiny)

@@ -62,6 +62,7 @@ def flip_last_byte(path: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_renamed_folder_keeps_its_records(models: Path, shards: int) -> None:
     before, now = make(models / "before", shards=shards), models / "now"

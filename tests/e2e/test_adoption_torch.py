@@ -56,6 +56,7 @@ def adopt(*paths: Path) -> dict[str, Adoption]:
     return {each.path.name: each for each in lading.adopt_checkpoints(*paths, progress=False)}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_repository_in_the_cache_is_loaded_without_a_network(tmp_path: Path, cache: Path, count: int) -> None:
     snapshot = add_snapshot(cache, "Qwen/Tiny", before_safetensors(tmp_path / "made", count))

@@ -249,6 +249,7 @@ def test_four_first_uses_at_once(folder: Path, nursery: Nursery, number: int) ->
     assert check_catalog(settings_in(folder / "data")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", rounds(1, 20))
 def test_four_upgrades_at_once(folder: Path, nursery: Nursery, number: int) -> None:
     settings = settings_in(folder / "data")

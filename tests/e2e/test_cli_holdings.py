@@ -107,6 +107,7 @@ def test_a_model_of_the_hub_is_removed_and_fetched_again(run: Run, hub: FakeHub,
     run("load", "far", "--no-progress")
 
 
+@pytest.mark.slow
 def test_nothing_is_removed_where_one_of_several_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "near.yaml").write_text(f"name: near\ncheckpoint: {tmp_path / 'repository'}\n{CONFIG}")
     run("import", tmp_path / "near.yaml")
@@ -121,6 +122,7 @@ def test_nothing_is_removed_where_one_of_several_is_refused(run: Run, tmp_path: 
     assert kinds(run) == before
 
 
+@pytest.mark.slow
 def test_a_revision_that_a_pull_left_goes_with_the_rest(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     download(run, "config.json")
     run("pull", "far")
@@ -141,6 +143,7 @@ def test_a_revision_that_a_pull_left_goes_with_the_rest(run: Run, hub: FakeHub, 
     assert list((tmp_path / "hub").glob("models--*")) == []
 
 
+@pytest.mark.slow
 def test_what_came_along_stays_while_another_card_has_it(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(f"name: other\ncheckpoint: hf://Some/Tiny\n{CONFIG}")
     run("import", tmp_path / "other.yaml")
@@ -154,6 +157,7 @@ def test_what_came_along_stays_while_another_card_has_it(run: Run, hub: FakeHub,
     assert not snapshot.exists()
 
 
+@pytest.mark.slow
 def test_what_a_failed_pull_brought_is_removed_with_the_rest(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.misbehave(SHARDS[1], "404")
     run("pull", "far", code=2)

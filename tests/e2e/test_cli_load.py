@@ -81,11 +81,13 @@ class TestLoad:
         assert re.fullmatch(r"\d+\.\d{3} \(.*read \d+\.\d{3}.*\)", lines["seconds"])
         assert re.fullmatch(r"\d+\.\d\d GB/s", lines["speed"])
 
+    @pytest.mark.few(3)
     @pytest.mark.parametrize("dtype", ["auto", "keep", "float64", "float32", "bfloat16", "float16"])
     def test_dtypes(self, cli, cards, dtype):
         report = json.loads(cli("load", "tiny", "--dtype", dtype, "--json").stdout)
         assert report["dtypes"] == {"bfloat16" if dtype in ("auto", "keep") else dtype: 21_824}
 
+    @pytest.mark.few(1)
     @pytest.mark.parametrize("name", ["bf16", "BF16"])
     def test_dtypes_by_short_names(self, cli, cards, name):
         assert json.loads(cli("load", "tiny", "--dtype", name, "--json").stdout)["dtypes"] == {"bfloat16": 21_824}

@@ -122,6 +122,7 @@ def test_a_reader_that_leaves_is_no_failure(program):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("words", "code"), [(("list", "nobody"), 2), (("--nope",), 2), (("sql", "drop table cards"), 7)]
 )
@@ -153,6 +154,7 @@ def test_without_stdout(program, catalog):
     assert program("db", "check").stdout == "ok\n"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("words", [(), ("--debug",)])
 def test_ctrl_c(catalog, words):
     child = subprocess.Popen(
@@ -314,7 +316,7 @@ def with_closed(streams: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", f"exec {command} {streams}"], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -331,6 +333,7 @@ def test_without_stdin(catalog, words, message):
     assert message in done.stderr
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "streams",
     ["<&-", "<&- >&- 2>&-", *(pytest.param(each, marks=pytest.mark.slow) for each in (">&-", "2>&-", "<&- 2>&-"))],

@@ -65,6 +65,7 @@ def test_a_list_of_names_a_pattern_and_all(cli: Cli, fleet: Path, command: str) 
     assert " models " in result.stderr
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_one_name_gives_one_object_and_a_pattern_a_list(cli: Cli, fleet: Path, command: str) -> None:
     one, listed = (json.loads(cli(command, name, "--json").stdout) for name in ("fleet_a", "fleet_a*"))
@@ -74,6 +75,7 @@ def test_one_name_gives_one_object_and_a_pattern_a_list(cli: Cli, fleet: Path, c
         assert [set(value) for value in listed] == [set(one)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_error_of_one_model_leaves_the_others(cli: Cli, fleet: Path, command: str) -> None:
     (fleet / "a" / "model.safetensors").write_bytes(b"damaged")

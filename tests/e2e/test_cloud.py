@@ -84,6 +84,7 @@ def is_part(request: Request, number: int) -> bool:
     return request.method == "PUT" and request.query.get("partNumber") == str(number)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fault", ["part", "complete", "small"])
 def test_an_upload_that_fails_leaves_nothing(cli: Cli, large_model: Path, s3: Bucket, moto: Moto, fault: str) -> None:
     def behavior(request: Request) -> tuple[int, str, dict[str, str]] | None:
@@ -357,6 +358,7 @@ def test_a_peer_that_serves_its_cache(
     assert_equal(load_model("far", dtype="auto", progress=False).state_dict(), tied(tensors()))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_stream(
     cli: Cli, s3: Bucket, moto: Moto, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, scheme: str

@@ -42,7 +42,7 @@ def points(quick: int, slow: int) -> list[object]:
     return [quick, pytest.param(slow, marks=pytest.mark.slow)]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("count", points(1, 30))
 @pytest.mark.parametrize("what", COMMANDS)
 def test_a_command_that_is_killed(world: World, place: Place, tmp_path: Path, what: str, count: int) -> None:

@@ -151,6 +151,7 @@ def _noted(folder: Path) -> int:
     return count
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_what_a_stopped_fetch_had_is_not_fetched_again(start: Start, tmp_path: Path, how: signal.Signals) -> None:
     with serve({PATH: DATA}, stops_after(10)) as server:
@@ -212,6 +213,7 @@ def test_what_was_kept_of_another_content_is_not_used(start: Start, tmp_path: Pa
         fetch_here(server, tmp_path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("digests", [False, True])
 def test_what_is_flipped_in_a_part_meanwhile_is_fetched_again(start: Start, tmp_path: Path, digests: bool) -> None:
     with serve({PATH: DATA}, stops_after(10), digests=digests) as server:

@@ -92,6 +92,7 @@ def test_each_kind_is_loaded_by_its_name(run: Run, cluster: Path) -> None:
     assert not torch.equal(weight("lora"), base)
 
 
+@pytest.mark.slow
 def test_a_fine_tune_in_two_ranks(run: Run, tmp_path: Path) -> None:
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLE), "tuned-02", "--tp", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -18,6 +18,7 @@ INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("here", "missing"),
     [

@@ -446,6 +446,7 @@ def test_several_processes_fetch_the_same(start: Callable[[], Child], hub: FakeH
     assert ended[0].out.splitlines()[0] == f"a.safetensors {hashlib.sha256(WEIGHTS).hexdigest()}"
 
 
+@pytest.mark.slow
 def test_a_fetch_that_is_stopped_is_not_waited_for(
     start: Callable[[], Child], hub: FakeHub, client: HubClient, tmp_path: Path
 ) -> None:

@@ -290,6 +290,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
 }
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(cards: Path, case: str) -> None:
     call, error, match = REFUSED[case]

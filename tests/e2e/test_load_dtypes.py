@@ -39,6 +39,7 @@ def dtypes(model: torch.nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters()}
 
 
+@pytest.mark.few(5)
 @HUBS
 @pytest.mark.parametrize(
     ("keys", "expected"),

@@ -174,6 +174,7 @@ def path(request: Any, states: tuple[State, State], tmp_path_factory: pytest.Tem
     return KINDS[request.param](tmp_path_factory.mktemp("parts") / "model", states[0])
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize(("dtype", "mmap"), [("auto", False), ("auto", True), (torch.float32, False)])
 def test_the_whole_model(path: Path, states: tuple[State, State], dtype: Any, mmap: bool) -> None:
     model = get_llama_model_hub().load_custom_model(path, CONFIG, dtype=dtype, mmap=mmap)
@@ -184,6 +185,7 @@ def test_the_whole_model(path: Path, states: tuple[State, State], dtype: Any, mm
         assert torch.equal(found[name], value.to(found[name].dtype)), name
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize(
     ("rank", "sizes"), [(1, {"tp": 2}), (1, {"sdp": 5}), (4, {"sdp": 7}), (5, {"tp": 2, "sdp": 3})], ids=str
 )

@@ -46,6 +46,7 @@ SAVED: dict[str, Callable[[torch.nn.Module], Any]] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("kind", SAVED)
@@ -56,6 +57,7 @@ def test_a_saved_module(tmp_path: Path, model: Qwen, kind: str, legacy: bool, mm
     _check(get_qwen_model_hub().load_custom_model(path, CONFIG, dtype="auto", mmap=mmap), model)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_strided_tensors_beside_other_objects(tmp_path: Path, model: Qwen, legacy: bool) -> None:
     """As a fairseq checkpoint may be: it takes an argument of the call, and a file in the cache."""
@@ -115,6 +117,7 @@ def test_a_card_of_strided_tensors(cards: Path, cli: Callable[..., Result], tmp_
         _check(load_with_report("tiny_strided", dtype="auto", mmap=True)[0], model)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("strided", [False, True], ids=["rows", "strided"])
 def test_a_folder_of_several_files(cards: Path, cli: Callable[..., Result], tmp_path: Path, strided: bool) -> None:
     folder = tmp_path / "cards" / "m"

@@ -103,7 +103,7 @@ SLOW_WEB = {
 }  # fmt: skip
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("what", cases(WEB, slow=SLOW_WEB))
 def test_a_web_server(world: World, place: Place, what: str) -> None:
     world.web.behavior, code, says = WEB[what]
@@ -143,7 +143,7 @@ SLOW_HUB = {
 }  # fmt: skip
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("what", cases(HUB, slow=SLOW_HUB))
 def test_a_hub(world: World, place: Place, what: str) -> None:
     target, fault, code, says = HUB[what]

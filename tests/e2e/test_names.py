@@ -104,6 +104,7 @@ def test_a_repository_is_pulled_indexed_and_written_by_its_id(run: Run, tmp_path
         assert json.loads((tmp_path / command / "config.json").read_text())["rope_theta"] == CONFIG["rope_theta"]
 
 
+@pytest.mark.slow
 def test_a_repository_that_no_family_reads_is_pulled_all_the_same(run: Run) -> None:
     assert run("pull", "acme/strange", "--no-progress").stdout
     assert "'strange'" in run("load", "acme/strange", code=7).stderr
@@ -145,6 +146,7 @@ def test_the_card_that_has_the_repository_counts(run: Run, hub: FakeHub, tmp_pat
     assert json.loads(run("show", "acme/tiny", "--json").stdout)["name"] == "z_base"
 
 
+@pytest.mark.slow
 def test_an_unknown_repository(run: Run, hub: FakeHub) -> None:
     for command in ("load", "check", "plan", "pull", "index"):
         stderr = run(command, "acme/none", code=2).stderr
@@ -425,6 +427,7 @@ def test_a_config_json_that_cannot_be_compared(contradicted: Path, caplog: pytes
     assert lading.check_model("by_arch").contradictions == ()
 
 
+@pytest.mark.slow
 def test_contradictions_of_a_repository(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     path = tmp_path / "cards.yaml"
     path.write_text(f"name: far\ncheckpoint: hg://acme/tiny\n{CARD_CONFIG}".replace("64}", "64, rope_theta: 7.0}"))

@@ -115,6 +115,7 @@ def test_reads_from_many_threads_share_connections(nginx: Nginx, file: Path, tmp
         assert b"".join(parts) == DATA
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("change", ["content", "removed"])
 def test_a_file_that_changes_between_two_ranges(nginx: Nginx, file: Path, tmp_path: Path, change: str) -> None:
     with open_source(nginx, tmp_path) as source:

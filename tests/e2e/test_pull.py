@@ -145,6 +145,7 @@ def test_a_bit_that_flips_is_found_and_repaired(run: Run, hub: FakeHub, tmp_path
     assert "is not what the hub publishes" in run("load", "far", "--no-progress").stderr
 
 
+@pytest.mark.slow
 def test_a_hub_cache_without_links(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     plain = {"HF_HUB_DISABLE_SYMLINKS": "1"}
     run("pull", "far", "--no-progress", **plain)
@@ -177,6 +178,7 @@ def test_a_part_of_a_file_in_a_snapshot_is_fetched_again(run: Run, tmp_path: Pat
     assert link.read_bytes() == good
 
 
+@pytest.mark.slow
 def test_a_bit_that_flips_behind_an_unchanged_state(run: Run, hub: FakeHub, tmp_path: Path, catalog: Path) -> None:
     run("pull", "far", "--no-progress")
     run("load", "far", "--no-progress", "--verify", "always")  # records the digests of tensors
@@ -226,6 +228,7 @@ def test_nothing_is_asked_offline(run: Run, hub: FakeHub) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_another_revision_cannot_be_asked_for_offline(run: Run, hub: FakeHub) -> None:
     run("pull", "far", "--no-progress")
     known = hub.repositories["some/tiny-qwen"].refs["main"]
@@ -255,6 +258,7 @@ def test_a_gated_repository_says_where_to_ask(run: Run, hub: FakeHub) -> None:
     assert "Some/Tiny-Qwen" in run("load", "far", code=7).stderr.replace("some/tiny-qwen", "Some/Tiny-Qwen")
 
 
+@pytest.mark.slow
 def test_what_torch_saved_is_fetched_first(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     report = json.loads(run("load", "pickled", "--dtype", "auto", "--json", "--no-progress").stdout)
     assert report["tensors"] == len(tensors())
@@ -286,6 +290,7 @@ def test_a_repository_of_before_safetensors(run: Run, hub: FakeHub, tmp_path: Pa
     assert all(torch.equal(found[name], value) for name, value in tensors().items())
 
 
+@pytest.mark.slow
 def test_a_repository_of_one_file_of_before_safetensors(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     folder = make(tmp_path / "before")
     (folder / "model.safetensors").unlink()
@@ -327,6 +332,7 @@ def test_a_quantized_repository_of_before_safetensors_is_refused(run: Run, hub: 
     assert weights(hub) == []
 
 
+@pytest.mark.slow
 def test_a_shard_that_the_repository_lacks(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     folder = make(tmp_path / "before")
     (folder / "model.safetensors").unlink()
@@ -382,6 +388,7 @@ def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) ->
     assert all(Path(path).is_relative_to(tmp_path / "cache" / "blobs") for path in paths)
 
 
+@pytest.mark.slow
 def test_a_repair_that_fails_leaves_the_files_as_they_were(process: Run, web: str, tmp_path: Path) -> None:
     (tmp_path / "cards.yaml").write_text(qwen_card("web", f"{web}/model.safetensors.index.json"))
     cache = {"LADING_OFFLINE": "", "LADING_CACHE_DIR": str(tmp_path / "cache")}
@@ -404,6 +411,7 @@ def test_a_repair_that_fails_leaves_the_files_as_they_were(process: Run, web: st
     assert files().keys() == before.keys()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt"])
 def test_what_a_web_server_has_not(
     cli: Callable[..., Result], web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
@@ -478,6 +486,7 @@ def test_the_tokenizer_comes_along(run: Run, hub: FakeHub, tmp_path: Path) -> No
     assert run("-c", ASK, "with_a_reference", LADING_OFFLINE="1").stdout == "2\n"
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_gone_is_said_before_weights_are_fetched(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "tokenizers.yaml").write_text(TOKENIZERS)
     run("import", tmp_path / "tokenizers.yaml")

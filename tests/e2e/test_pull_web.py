@@ -91,6 +91,7 @@ def test_what_is_published_again_is_pulled(cli: Cli, tmp_path: Path, kind: str, 
         assert "mismatch" not in cli("verify", "web", "--no-progress").stdout
 
 
+@pytest.mark.slow
 def test_what_is_published_again_is_pulled_after_an_index_of_it(cli: Cli, tmp_path: Path) -> None:
     folder = make(tmp_path / "m")
     with serve(files_of(folder)) as server:

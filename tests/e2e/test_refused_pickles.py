@@ -26,6 +26,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "words",
     [("index",), ("diff", "."), ("adopt",), ("check",), ("plan",), ("load",), ("convert", "out")],

@@ -208,6 +208,7 @@ def test_what_was_in_another_cache_that_is_gone(tmp_path: Path, made: Path, monk
 # --- the cache of Hugging Face's libraries ---------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["hub", "adopted"])
 def test_a_revision_is_deleted_whoever_fetched_it(tmp_path: Path, hub: Path, made: Path, kind: str) -> None:
     add_cards(tmp_path, tiny="hg://Qwen/Tiny")
@@ -363,6 +364,7 @@ def _killed_at_each_step(process: Run, name: str, prepare: Callable[[], None]) -
     raise AssertionError("the removal has no end")
 
 
+@pytest.mark.slow
 def test_a_removal_from_the_cache_that_is_killed(process: Run, tmp_path: Path, hub: Path, made: Path) -> None:
     add_cards(tmp_path, tiny=HTTP)
 
@@ -559,6 +561,7 @@ def use_catalog(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LADING_DATABASE_URL", f"sqlite:///{folder / 'catalog.sqlite'}")
 
 
+@pytest.mark.slow
 def test_what_another_catalog_brought_stays(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = made / "tiny" / "model.safetensors"
     use_catalog(tmp_path / "a", monkeypatch)

@@ -64,6 +64,7 @@ def test_what_was_made_of_a_card_s_own_file(path: Path) -> None:
     assert len(made()) == 1
 
 
+@pytest.mark.slow
 def test_what_was_made_of_another_state_of_the_file(path: Path) -> None:
     lading.load_model("tiny", progress=False)
     (old,) = made()

@@ -78,6 +78,7 @@ def load(path: Path, state_dict: str | None) -> State:
     return model.state_dict()
 
 
+@pytest.mark.few(1)
 @SAVES
 def test_by_call_and_by_path(home: Path, tmp_path: Path, write: Callable[[Path], Path]) -> None:
     path = write(tmp_path / "saved.pt")
@@ -94,6 +95,7 @@ def test_by_call_and_by_path(home: Path, tmp_path: Path, write: Callable[[Path],
         lading.load_model("qwen3_0.6b", state_dict="ema.module")
 
 
+@pytest.mark.few(1)
 @SAVES
 def test_by_cards_of_one_file(catalog: Path, cli: Cli, tmp_path: Path, write: Callable[[Path], Path]) -> None:
     path = write(tmp_path / "saved.pt")
@@ -109,6 +111,7 @@ def test_by_cards_of_one_file(catalog: Path, cli: Cli, tmp_path: Path, write: Ca
     cli("convert", path / "net", tmp_path / "two", "--arch", "qwen/qwen3_0.6b", code=4)  # of another size
 
 
+@pytest.mark.few(1)
 @SAVES
 def test_a_state_dict_gets_a_card(catalog: Path, cli: Cli, tmp_path: Path, write: Callable[[Path], Path]) -> None:
     path = write(tmp_path / "saved.pt")

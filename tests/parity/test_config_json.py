@@ -33,6 +33,7 @@ def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("model_type", DECODERS)
 @pytest.mark.parametrize("values", SPARSE, ids=json.dumps)
 def test_a_sparse_file_means_what_the_full_one_does(model_type: str, values: dict[str, Any]) -> None:

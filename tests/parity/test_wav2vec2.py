@@ -176,6 +176,7 @@ def test_gradients(config: dict[str, Any]) -> None:
         assert float((parameter.grad - expected[name].grad).abs().max()) <= 10 * TOLERANCE * largest, name
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["Wav2Vec2ForCTC", "Wav2Vec2ForPreTraining"])
 @pytest.mark.parametrize("config", [BASE, LV60K], ids=["base", "lv60k"])
 @torch.no_grad()

@@ -68,6 +68,7 @@ def test_what_a_card_states_is_listed(any_database: str, tmp_path: Path) -> None
     assert {model.bytes for model in store.models()} == {None}
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("value", ["-1", "0", "1.5", "true", '"7B"', "[1]", str(10**18)])
 def test_a_card_that_states_no_number(any_database: str, tmp_path: Path, value: str) -> None:
     """Of an import now it is refused; a row of an earlier version states nothing."""

@@ -201,6 +201,7 @@ def test_a_bad_file_breaks_nothing(mine: Write, settings: Settings, caplog: pyte
     assert caplog.text == ""
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"{" * 10_000, b"name: a\n\x00", b"- [", b"%YAML 9.9\n---\na"])
 def test_a_file_that_is_no_card_file(
     mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture, data: bytes

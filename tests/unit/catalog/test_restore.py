@@ -223,6 +223,7 @@ def test_a_restore_waits_for_no_writer_without_end(
 # --- a log of another file -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("door", [names, check_catalog, lifecycle.upgrade, lifecycle.backup])
 def test_a_backup_that_was_copied_over_a_log(
     tmp_path: Path, settings: Settings, door: object, caplog: pytest.LogCaptureFixture

@@ -333,6 +333,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(HEAD,)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("copied_catalogs")
 @pytest.mark.parametrize("to", ["99", "0099", "nonsense", "-1", "base", ""])
 def test_downgrade_to_no_version(tmp_path: Path, to: str) -> None:
@@ -357,6 +358,7 @@ def test_a_catalog_in_memory_has_no_life(tmp_path: Path, door: object) -> None:
 # --- check -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("copied_catalogs")
 @pytest.mark.parametrize(
     ("sql", "words"),

@@ -220,6 +220,7 @@ def test_an_import_that_changes_a_base(find: Find, database: Database, tmp_path:
     assert check(tmp_path) == []
 
 
+@pytest.mark.few(1)
 def test_an_import_that_renames_and_removes(find: Find, database: Database, tmp_path: Path) -> None:
     import_files(database, [card_file(CARDS.replace("name: wav2vec2_base_10h", "name: other"))])
     assert find("other") == ["other"]
@@ -276,6 +277,7 @@ def test_a_bulk(database: Database, tmp_path: Path, find: Find, monkeypatch: pyt
     assert check(tmp_path) == []
 
 
+@pytest.mark.few(1)
 def test_down_and_up_again(database: Database, tmp_path: Path, find: Find) -> None:
     lifecycle.downgrade(settings_in(tmp_path), "0")
     lifecycle.upgrade(settings_in(tmp_path))

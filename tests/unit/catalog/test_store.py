@@ -226,6 +226,7 @@ base: d
 """
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("env", [None, "cluster"])
 @pytest.mark.parametrize("family", ["one", "two", "three"])
 def test_find_cards_sees_overlays(shared_stock: Stock, env: str | None, family: str) -> None:

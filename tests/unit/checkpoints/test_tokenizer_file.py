@@ -138,6 +138,7 @@ WORDS = ("beside", "beside_a_file", "child_of_another_mind", "far", "none")
 PIECES = ("stated", "child", "inner", "archived", "zipped")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", WORDS + PIECES)
 def test_where_a_card_says(store: AssetStore, name: str) -> None:
     assert isinstance(load_tokenizer(name).model, Tokenizer if name in WORDS else sentencepiece.SentencePieceProcessor)

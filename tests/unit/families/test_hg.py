@@ -248,6 +248,7 @@ except NotSupportedError as error:
     assert "`pip install 'lading-hub[hf]'`" in interpreters.run(script)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("content", "told"),
     [

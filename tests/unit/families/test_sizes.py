@@ -77,6 +77,7 @@ def test_a_huge_number_in_a_configuration(name: str, huge: Any) -> None:
             continue
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("huge", HUGE, ids=lambda value: f"{len(str(value))} digits")
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_huge_number_in_a_config_json(model_type: str, huge: Any) -> None:

@@ -447,6 +447,7 @@ def test_strided_tensors_in_several_files_are_rewritten_once(tmp_path: Path) -> 
         formats.index(tmp_path, cache=cache)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["consolidated", "fairseq2"])
 def test_strided_parts_of_ranks_are_rewritten(tmp_path: Path, kind: str) -> None:
     for tp in range(2):

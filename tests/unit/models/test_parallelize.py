@@ -418,6 +418,7 @@ def test_buffers_are_not_sharded_and_keep_their_dtype(caplog: pytest.LogCaptureF
 # --- new models
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"sdp": 3}, {"tp": 2, "sdp": 2}])
 @each_family
 def test_a_rank_of_a_new_model_has_its_part_of_the_same_numbers(name: str, sizes: dict[str, int]) -> None:

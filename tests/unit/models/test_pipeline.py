@@ -115,6 +115,7 @@ def test_names_stay_those_of_the_whole_model() -> None:
     assert names[1] == {"model.norm.weight", "lm_head.weight"} | layers[2]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("sizes", [{"pp": 2}, {"pp": 3}, {"pp": 2, "tp": 2}, {"pp": 3, "sdp": 2}])
 @each_family
 def test_the_stages_together_own_everything(name: str, sizes: dict[str, int]) -> None:

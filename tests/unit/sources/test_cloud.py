@@ -414,6 +414,7 @@ def test_a_close_ends_reads_in_other_threads(
 # --- writes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 @pytest.mark.parametrize("size", [0, 5, (16 << 20) + 5])
 def test_a_write(s3: Bucket, moto: Moto, monkeypatch: pytest.MonkeyPatch, scheme: str, size: int) -> None:
@@ -436,6 +437,7 @@ def every(answer: Answer) -> Callable[[Request], Answer]:
     return lambda _: answer
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("answer", "error", "said"),
     [

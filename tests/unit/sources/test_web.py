@@ -92,6 +92,7 @@ def test_strong_validators(cache: Cache, headers: dict[str, str], validator: str
         assert open_source(server, cache).snapshot().files[0].etag == validator
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("headers", "known"),
     [
@@ -242,6 +243,7 @@ def test_a_new_content_is_fetched(cache: Cache) -> None:
         assert file.path.read_bytes() == DATA[::-1]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("damage", ["flip", "cut", "touch"])
 def test_a_file_that_changed_is_checked_again(cache: Cache, damage: str) -> None:
     with serve({PATH: DATA}) as server:

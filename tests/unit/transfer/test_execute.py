@@ -68,6 +68,7 @@ def load(tensor: torch.Tensor, file: ShardFile, dtype: str = "F32", mapped: bool
     return loaded
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_many_steps_on_several_threads(tmp_path: Path, mapped: bool, dtype: str) -> None:
@@ -466,6 +467,7 @@ def test_digests_are_taken_on_the_way(tmp_path: Path, cold: bool, mapped: bool, 
         assert data == file.path.read_bytes()[24:]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize("offset", [0, 24, 4095])
 def test_a_checkpoint_is_hashed_without_being_kept(tmp_path: Path, cold: bool, offset: int) -> None:

@@ -95,6 +95,7 @@ def mapped(
     return loaded
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [None, "BF16"])
 def test_what_is_in_the_page_cache_is_present_before_it_is_asked_for(tmp_path: Path, dtype: str | None) -> None:
     manifest, files, tensor = checkpoint(tmp_path / "x")

@@ -251,6 +251,7 @@ def test_a_window_ends_what_a_token_can_see() -> None:
     torch.testing.assert_close(found[:, 4:], expected[:, 4:])
 
 
+@pytest.mark.few(20)
 @each_variant
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 1, 5], [3, 4, 5], [11, 1]], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
