@@ -36,7 +36,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         **SIZES, intermediate_size=24, moe_intermediate_size=16, num_experts=EXPERTS, mlp_only_layers=[0],
         norm_topk_prob=True, head_dim=8,
     )  # fmt: skip
+    llama4 = transformers.Llama4TextConfig(
+        **SIZES, intermediate_size=24, intermediate_size_mlp=40, num_local_experts=EXPERTS, head_dim=8,
+        interleave_moe_layer_step=2, no_rope_layer_interval=2, attention_chunk_size=4, floor_scale=3,
+    )  # fmt: skip
     made = {
+        "llama4": save_model(root / "llama4", transformers.Llama4ForCausalLM, llama4),
         "mixtral": save_model(root / "mixtral", transformers.MixtralForCausalLM, mixtral),
         "qwen3_moe": save_model(root / "qwen3_moe", transformers.Qwen3MoeForCausalLM, qwen),
         "stacked": root / "stacked",
@@ -66,12 +71,13 @@ def case_id(value: Any) -> str:
     ("name", "sizes"),
     [
         ("mixtral", {"ep": 4}),
+        ("llama4", {"ep": 2, "tp": 2}),
         ("mixtral", {"ep": 2, "tp": 2}),
         ("qwen3_moe", {"ep": 2, "sdp": 2}),
         ("stacked", {"tp": 2, "sdp": 2}),
         *(
             pytest.param(name, sizes, marks=pytest.mark.slow)
-            for name in ("mixtral", "qwen3_moe", "stacked")
+            for name in ("llama4", "mixtral", "qwen3_moe", "stacked")
             for sizes in ({"tp": 4}, {"sdp": 4}, {"ep": 2}, {"ep": 2, "tp": 2}, {"ep": 2, "sdp": 2})
         ),
     ],
@@ -97,6 +103,6 @@ def pool8() -> Any:
     ],
     ids=case_id,
 )
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "stacked"])
+@pytest.mark.parametrize("name", ["llama4", "mixtral", "qwen3_moe", "stacked"])
 def test_eight_ranks(pool8: Pool, folders: dict[str, Path], name: str, sizes: dict[str, int]) -> None:
     assert pool8.values(load_and_compare, folders[name], sizes) == [[]] * 8

@@ -79,7 +79,7 @@ LLAMA4 = {
     "num_key_value_heads": 2,
     "head_dim": 10,
     "vocab_size": 101,
-    "num_local_experts": 4,
+    "num_local_experts": 8,
     "interleave_moe_layer_step": 2,
     "no_rope_layer_interval": 2,
     "attention_chunk_size": 4,
