@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from lading.families.nllb import NllbConfig, get_nllb_model_hub
 from lading.families.nn.encoder_decoder import EncoderDecoder
+from lading.families.s2t_conformer import S2TConformerConfig
 from lading.families.s2t_transformer import S2TTransformerConfig
 from lading.families.w2vbert import W2VBertConfig
 from lading.families.wav2vec2 import Wav2Vec2Config
@@ -58,6 +59,9 @@ CONFORMER = replace(
 )
 CONFIGS = {
     "nllb": NllbConfig(**STACKS, vocab_size=31, max_seq_len=20),
+    "s2t_conformer": S2TConformerConfig(
+        **STACKS, target_vocab_size=31, num_fbank_channels=3, depthwise_conv_kernel_size=3, use_relative_pos=True
+    ),
     "s2t_transformer": S2TTransformerConfig(**STACKS, target_vocab_size=31, num_fbank_channels=3),
     "w2vbert": W2VBertConfig(
         w2v2_config=Wav2Vec2Config(
@@ -107,6 +111,8 @@ def compare(family_name: str, axes: dict[str, int]) -> list[str]:
         ("nllb", {"tp": 2}),
         ("nllb", {"sdp": 2}),
         ("s2t_transformer", {"tp": 2}),
+        pytest.param("s2t_conformer", {"tp": 2}, marks=pytest.mark.slow),
+        pytest.param("s2t_conformer", {"sdp": 2}, marks=pytest.mark.slow),
         pytest.param("s2t_transformer", {"sdp": 2}, marks=pytest.mark.slow),
         pytest.param("w2vbert", {"tp": 2}, marks=pytest.mark.slow),
         pytest.param("w2vbert", {"sdp": 2}, marks=pytest.mark.slow),
@@ -127,6 +133,7 @@ def test_two_ranks(pool2: Pool, family: str, axes: dict[str, int]) -> None:
         "wav2vec2_asr",
         "w2vbert",
         pytest.param("nllb", marks=pytest.mark.slow),
+        pytest.param("s2t_conformer", marks=pytest.mark.slow),
         pytest.param("s2t_transformer", marks=pytest.mark.slow),
     ],
 )

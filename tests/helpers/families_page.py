@@ -18,7 +18,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
 NAMES_IN_CHECKPOINTS: Mapping[str, Sequence[str]] = {
     "Meta": ("layers.0.attention.wq.weight", "module.blocks.0.attn.proj.weight"),
-    "fairseq": ("encoder.layers.0.fc1.weight", "w2v_encoder.w2v_model.encoder.layers.0.fc1.weight"),
+    "fairseq": (
+        "encoder.layers.0.fc1.weight",
+        "encoder.layers.0.ffn1.w_1.weight",
+        "encoder.conformer_layers.0.ffn1.w_1.weight",
+        "w2v_encoder.w2v_model.encoder.layers.0.fc1.weight",
+    ),
     "fairseq2": ("encoder.layers.0.self_attn.output_proj.weight", "decoder.layers.0.self_attn.output_proj.weight"),
 }
 """Tensors that only checkpoints of that origin have."""

@@ -1,4 +1,4 @@
-"""Write tiny random NLLB models and S2T Transformers of fairseq2 to a folder: parameters, inputs and logits.
+"""Write tiny random NLLB models, S2T Transformers and Conformers of fairseq2: parameters, inputs and logits.
 
 Run it where fairseq2 0.8.1 is installed::
 
@@ -8,6 +8,7 @@ Run it where fairseq2 0.8.1 is installed::
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch
 from fairseq2.models.nllb.config import NllbConfig
 from fairseq2.models.nllb.factory import create_nllb_model
 from fairseq2.models.nllb.interop import convert_nllb_state_dict
+from fairseq2.models.s2t_conformer.config import S2TConformerConfig
+from fairseq2.models.s2t_conformer.factory import create_s2t_conformer_model
+from fairseq2.models.s2t_conformer.interop import convert_s2t_conformer_state_dict
 from fairseq2.models.s2t_transformer.config import S2TTransformerConfig
 from fairseq2.models.s2t_transformer.factory import create_s2t_transformer_model
 from fairseq2.models.s2t_transformer.interop import convert_s2t_transformer_state_dict
@@ -38,6 +42,21 @@ CASES: dict[str, tuple[Any, Any, Any]] = {
         create_nllb_model,
         convert_nllb_state_dict,
     ),
+    **{
+        name: (
+            S2TConformerConfig(
+                **SIZES,
+                num_fbank_channels=3,
+                target_vocab_size=23,
+                max_source_seq_len=32,
+                use_relative_pos=relative,
+                depthwise_conv_kernel_size=5,
+            ),
+            create_s2t_conformer_model,
+            convert_s2t_conformer_state_dict,
+        )
+        for name, relative in (("s2t_conformer", False), ("s2t_conformer-relative", True))
+    },
     "s2t_transformer": (
         S2TTransformerConfig(**SIZES, num_fbank_channels=3, target_vocab_size=23),
         create_s2t_transformer_model,
@@ -60,7 +79,32 @@ FAIRSEQ = {
 }
 
 
+CONFORMER = {
+    "encoder_frontend.proj.": "encoder.linear.",
+    "encoder.layers.": "encoder.conformer_layers.",
+    "ffn1_layer_norm.": "ffn1.layer_norm.",
+    "ffn2_layer_norm.": "ffn2.layer_norm.",
+    ".inner_proj.": ".w_1.",
+    "ffn1.output_proj.": "ffn1.w_2.",
+    "ffn2.output_proj.": "ffn2.w_2.",
+    ".q_proj.": ".linear_q.",
+    ".k_proj.": ".linear_k.",
+    ".v_proj.": ".linear_v.",
+    ".output_proj.": ".linear_out.",
+    "sdpa.r_proj.": "linear_pos.",
+    "sdpa.u_bias": "pos_bias_u",
+    "sdpa.v_bias": "pos_bias_v",
+    ".conv.": ".conv_module.",
+    "conv_layer_norm.": "conv_module.layer_norm.",
+}
+
+
 def fairseq_name(family: str, name: str) -> str:
+    if family == "s2t_conformer" and name.startswith(("encoder.", "encoder_frontend.proj.")):
+        name = re.sub(r"(layers\.[0-9]+\.)layer_norm\.", r"\1final_layer_norm.", name)
+        for fairseq2, fairseq in CONFORMER.items():
+            name = name.replace(fairseq2, fairseq)
+        return name
     for fairseq2, fairseq in FAIRSEQ.items():
         if not (fairseq == "out_proj." and "output_projection" in name):
             name = name.replace(fairseq2, fairseq)
@@ -77,6 +121,11 @@ def randomise(model: nn.Module) -> None:
             parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
         else:
             parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.uniform_(-0.5, 0.5)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
 
 
 def inputs(family: str) -> tuple[Tensor, list[int], Tensor, list[int]]:
@@ -93,10 +142,15 @@ def main(folder: Path) -> None:
     torch.compiler.set_stance("force_eager")
     folder.mkdir(exist_ok=True)
 
-    for family, (config, create, convert) in CASES.items():
-        torch.manual_seed(len(family))
+    for case, (config, create, convert) in CASES.items():
+        family = case.partition("-")[0]
+        torch.manual_seed(len(case))
         model = create(config).eval()
         randomise(model)
+        small = family == "s2t_conformer"
+        if small:
+            for tensor in model.state_dict().values():
+                tensor.copy_(tensor.half())  # so that the file can hold half the bytes
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
         # Converted by fairseq2 itself, a checkpoint of fairseq gives the same model.
@@ -119,9 +173,12 @@ def main(folder: Path) -> None:
             "logits": logits,
         }
         save_file(
-            {name: tensor.contiguous() for name, tensor in state.items()}
+            {
+                name: tensor.contiguous().half() if small and tensor.is_floating_point() else tensor.contiguous()
+                for name, tensor in state.items()
+            }
             | {f"test.{name}": tensor.contiguous() for name, tensor in test.items()},
-            folder / f"{family}.safetensors",
+            folder / f"{case}.safetensors",
             {"config": json.dumps(asdict(config)), "fairseq": json.dumps(names)},
         )
 

@@ -19,6 +19,7 @@ from lading.families.mistral import MistralConfig, get_mistral_model_hub
 from lading.families.nllb import NllbConfig, get_nllb_model_hub
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig, get_olmo_model_hub
 from lading.families.qwen import QwenConfig, get_qwen_model_hub
+from lading.families.s2t_conformer import S2TConformerConfig, get_s2t_conformer_model_hub
 from lading.families.s2t_transformer import S2TTransformerConfig, get_s2t_transformer_model_hub
 from lading.families.w2vbert import W2VBertConfig, get_w2vbert_model_hub
 from lading.families.wav2vec2 import Wav2Vec2Config, get_wav2vec2_model_hub
@@ -42,6 +43,7 @@ CONFIGS: dict[str, type] = {
     "nllb": NllbConfig,
     "olmo": OLMOConfig,
     "qwen": QwenConfig,
+    "s2t_conformer": S2TConformerConfig,
     "s2t_transformer": S2TTransformerConfig,
     "w2vbert": W2VBertConfig,
     "wav2vec2": Wav2Vec2Config,
@@ -58,6 +60,7 @@ HUBS: dict[str, Callable[[], ModelHub[Any, Any]]] = {
     "nllb": get_nllb_model_hub,
     "olmo": get_olmo_model_hub,
     "qwen": get_qwen_model_hub,
+    "s2t_conformer": get_s2t_conformer_model_hub,
     "s2t_transformer": get_s2t_transformer_model_hub,
     "w2vbert": get_w2vbert_model_hub,
     "wav2vec2": get_wav2vec2_model_hub,
@@ -93,6 +96,7 @@ def laid_over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
         ("nllb", "dense_1b"),
         ("olmo", "olmo2_1b"),
         ("qwen", "qwen25_7b"),
+        ("s2t_conformer", "medium"),
         ("s2t_transformer", "medium"),
         ("w2vbert", "600m"),
         ("wav2vec2", "base"),

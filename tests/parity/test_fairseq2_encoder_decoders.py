@@ -19,13 +19,13 @@ from tests.helpers.parity_tools import relative_difference
 
 TOLERANCE = 1e-5
 FOLDER = Path(__file__).with_name("fairseq2_encoder_decoders")
-FAMILIES = ["nllb", "s2t_transformer"]
+CASES = ["nllb", "s2t_conformer", "s2t_conformer-relative", "s2t_transformer"]
 
 
 class Dumped:
-    def __init__(self, family: str) -> None:
-        self.family = get_family(family)
-        with safe_open(FOLDER / f"{family}.safetensors", "pt") as file:
+    def __init__(self, case: str) -> None:
+        self.family = get_family(case.partition("-")[0])
+        with safe_open(FOLDER / f"{case}.safetensors", "pt") as file:
             metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         self.values = json.loads(metadata["config"])
@@ -63,23 +63,23 @@ class Dumped:
         return relative_difference(found[masks[1]], expected["logits"][masks[1]]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_checkpoints_of_fairseq2(family: str, tmp_path: Path, home: Path) -> None:
-    dumped = Dumped(family)
+@pytest.mark.parametrize("case", CASES)
+def test_checkpoints_of_fairseq2(case: str, tmp_path: Path, home: Path) -> None:
+    dumped = Dumped(case)
     torch.save({"model": {f"module.{name}": tensor for name, tensor in dumped.state.items()}}, tmp_path / "model.pt")
 
     assert dumped.agrees(dumped.load(tmp_path / "model.pt"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_card_of_a_checkpoint_of_fairseq(family: str, tmp_path: Path, home: Path) -> None:
-    dumped = Dumped(family)
+@pytest.mark.parametrize("case", CASES)
+def test_a_card_of_a_checkpoint_of_fairseq(case: str, tmp_path: Path, home: Path) -> None:
+    dumped = Dumped(case)
     torch.save({"args": None, "model": dumped.of_fairseq()}, tmp_path / "model.pt")
     import_cards(
         [
             {
                 "name": "tiny",
-                "model_family": family,
+                "model_family": dumped.family.name,
                 "checkpoint": str(tmp_path / "model.pt"),
                 "model_config": dumped.values,
             }

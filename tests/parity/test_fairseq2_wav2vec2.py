@@ -107,6 +107,8 @@ def test_names_of_fairseq(name: str, tmp_path: Path, home: Path) -> None:
     assert rename(list(names), rules) == rename(list(names.values()), rules)
 
     expected = dumped.load(tmp_path).state_dict()
+    wrapped = dumped.load(tmp_path, **{name: f"module.{name}" for name in dumped.state}).state_dict()
+    assert all(torch.equal(wrapped[name], tensor) for name, tensor in expected.items())
     found = dumped.load(tmp_path, **{fairseq2: fairseq for fairseq, fairseq2 in names.items()}).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -7,11 +7,11 @@ Sources for the names: fairseq (``models/transformer``, ``models/speech_to_text`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lading.errors import NotSupportedError
 from lading.families.config_json import CHANGES_EACH_MODEL, ConfigReader, ConfigTable, Field, KeyGroup, same_for_all
+from lading.families.name_rules import also_wrapped
 from lading.families.nn.encoder_decoder_spec import EncoderDecoderSpec, encoder_decoder_plan
 from lading.models.family import Family
 from lading.planning.rules import Rule
@@ -70,13 +70,9 @@ _FAIRSEQ2 = {
 def encoder_decoder_rules(*first: Rule) -> Sequence[Rule]:
     """Return the rules for the names of fairseq and fairseq2, and of Hugging Face's models without a head.
 
-    The names may also be those of a model in ``DistributedDataParallel``, which starts each with ``module.``.
-
     :param first: the rules of a family, which come before those of all.
     """
-    rules = (*first, *_common_rules())
-
-    return (*rules, *(replace(rule, source=f"module.{rule.source}") for rule in rules))
+    return also_wrapped((*first, *_common_rules()))
 
 
 def _common_rules() -> Iterator[Rule]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from lading.families.config_json import BY_ITS_OWN_CLASS
@@ -60,6 +61,11 @@ def explain_head(missing: Sequence[str], unexpected: Sequence[str]) -> str | Non
     what = "has another head than a language model" if unexpected else "has no head"
 
     return f"The checkpoint {what}: see `architectures` in its config.json. {BY_ITS_OWN_CLASS}"
+
+
+def also_wrapped(rules: Sequence[Rule]) -> Sequence[Rule]:
+    """Return ``rules``, and the same for names that start with ``module.``, as ``DistributedDataParallel`` has them."""
+    return (*rules, *(replace(rule, source=f"module.{rule.source}") for rule in rules))
 
 
 _META = {

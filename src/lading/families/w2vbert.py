@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lading.families import wav2vec2
+from lading.families.name_rules import also_wrapped
 from lading.families.nn.shapes import Shapes, projection, under
 from lading.families.nn.speech_spec import speech_plan
 from lading.families.w2vbert_config import W2VBertConfig as W2VBertConfig
@@ -42,10 +43,13 @@ def _shapes(config: W2VBertConfig) -> Shapes:
 
 
 def _rules(config: W2VBertConfig) -> Sequence[Rule]:
-    return (
-        Rule("mlm_proj.{p*}", "final_bert_proj.{p}"),  # fairseq
-        *(Rule(f"{part}.{{p*}}", f"w2v2_model.{part}.{{p}}") for part in ("project_q", "quantizer.weight_proj")),
-        *_inside(wav2vec2.rules(config.w2v2_config)),
+    return also_wrapped(
+        (
+            Rule("mlm_proj.{p*}", "final_bert_proj.{p}"),  # fairseq
+            Rule("final_bert_proj.{p*}", "final_bert_proj.{p}"),
+            *(Rule(f"{part}.{{p*}}", f"w2v2_model.{part}.{{p}}") for part in ("project_q", "quantizer.weight_proj")),
+            *_inside(wav2vec2.rules(config.w2v2_config)),
+        )
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lading.errors import NotSupportedError
 from lading.families.config_json import ConfigReader, ConfigTable, Field
+from lading.families.name_rules import also_wrapped
 from lading.families.nn.checks import require_positive, require_quantizer
 from lading.families.nn.shapes import Shapes, projection, under
 from lading.families.nn.speech_spec import speech_plan
@@ -111,7 +112,7 @@ FAMILY: Family[Wav2Vec2, Wav2Vec2Config] = Family(
     build=deferred_call("lading.families.nn.wav2vec2:Wav2Vec2"),
     init=deferred_call("lading.families.nn.wav2vec2:init_wav2vec2"),
     shapes=shapes,
-    rules=rules,
+    rules=lambda config: also_wrapped(rules(config)),
     parallel_plan=lambda config: speech_plan(pretraining_spec(config), "wav2vec2"),
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForPreTraining"}),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lading.families.config_json import ConfigReader, ConfigTable, Field, KeyGroup
+from lading.families.name_rules import also_wrapped
 from lading.families.nn.shapes import Shapes, projection, under
 from lading.families.nn.speech_spec import speech_plan
 from lading.families.wav2vec2_config import Wav2Vec2AsrConfig as Wav2Vec2AsrConfig
@@ -42,12 +43,14 @@ def _shapes(config: Wav2Vec2AsrConfig) -> Shapes:
 def _rules(config: Wav2Vec2AsrConfig) -> Sequence[Rule]:
     prefix = "w2v_encoder.w2v_model."
 
-    return (
-        Rule("w2v_encoder.proj.{p*}", "lm_head.{p}"),  # fairseq
-        Rule("final_proj.{p*}", "lm_head.{p}"),  # fairseq2
-        # Parameters for pre-training only.
-        *(Rule(f"{prefix}{head}.{{p*}}", None) for head in ("quantizer", "project_q", "final_proj")),
-        *encoder_rules(config.encoder_config, masked=config.use_masking, fairseq_prefix=prefix),
+    return also_wrapped(
+        (
+            Rule("w2v_encoder.proj.{p*}", "lm_head.{p}"),  # fairseq
+            Rule("final_proj.{p*}", "lm_head.{p}"),  # fairseq2
+            # Parameters for pre-training only.
+            *(Rule(f"{prefix}{head}.{{p*}}", None) for head in ("quantizer", "project_q", "final_proj")),
+            *encoder_rules(config.encoder_config, masked=config.use_masking, fairseq_prefix=prefix),
+        )
     )
 
 

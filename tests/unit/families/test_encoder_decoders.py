@@ -14,6 +14,7 @@ from lading import export_model
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.families.nllb import NLLB, NllbConfig, get_nllb_model_hub
 from lading.families.nn.transformer import EncoderDecoderCache
+from lading.families.s2t_conformer import S2TConformerConfig, get_s2t_conformer_model_hub
 from lading.families.s2t_transformer import S2TTransformerConfig, get_s2t_transformer_model_hub
 from lading.models.family import get_family
 
@@ -27,13 +28,18 @@ SIZES: dict[str, Any] = {
 }
 NLLB_CONFIG = NllbConfig(**SIZES, vocab_size=29, max_seq_len=20)
 S2T_CONFIG = S2TTransformerConfig(**SIZES, target_vocab_size=29, num_fbank_channels=3, max_source_seq_len=9)
-FAMILIES = ["nllb", "s2t_transformer"]
+CONFORMER_CONFIG = S2TConformerConfig(
+    **SIZES, target_vocab_size=29, num_fbank_channels=3, max_source_seq_len=9, depthwise_conv_kernel_size=3
+)
+FAMILIES = ["nllb", "s2t_conformer", "s2t_transformer"]
 
 
 def create(family: str) -> Any:
     torch.manual_seed(0)
     if family == "nllb":
         return get_nllb_model_hub().create_new_model(NLLB_CONFIG).eval()
+    if family == "s2t_conformer":
+        return get_s2t_conformer_model_hub().create_new_model(CONFORMER_CONFIG).eval()
 
     return get_s2t_transformer_model_hub().create_new_model(S2T_CONFIG).eval()
 

@@ -70,7 +70,7 @@ class TransformerEncoder(nn.Module):
 
         :raises ValueError: there are no vectors, or more than ``max_source_seq_len``.
         """
-        _check_length("max_source_seq_len", self.max_seq_len, x.size(1))
+        check_length("max_source_seq_len", self.max_seq_len, x.size(1))
 
         x = self.embed_positions(x, padding)
         mask = bidirectional_mask(padding)
@@ -150,7 +150,7 @@ class TransformerDecoder(nn.Module):
     ) -> Tensor:
         """Map token ids (N, S) → hidden states (N, S, model_dim)."""
         new, past = target.size(1), 0 if cache is None else cache.num_tokens
-        _check_length("max_target_seq_len", self.max_seq_len, past + new)
+        check_length("max_target_seq_len", self.max_seq_len, past + new)
         _check_mask("target_mask", target_mask, (target.size(0), past + new))
 
         padding = _padding(target_mask, target)
@@ -173,7 +173,7 @@ def _check_mask(name: str, mask: Tensor | None, shape: Sequence[int]) -> None:
         raise ValueError(f"`{name}` must be of shape {tuple(shape)}, but is of shape {tuple(mask.shape)}")
 
 
-def _check_length(name: str, most: int, length: int) -> None:
+def check_length(name: str, most: int, length: int) -> None:
     if not 0 < length <= most:
         raise ValueError(f"the model's `{name}` is {most}, but the sequence is of length {length}")
 
