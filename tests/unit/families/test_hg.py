@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -498,3 +499,12 @@ def test_layers_that_draft_tokens_are_passed_over_where_they_are_stated(stated: 
     renamed = rename(names, FAMILY.rules_for(drafting, names))
 
     assert renamed == [None if 2 <= layer < 2 + passed_over else name for layer, name in enumerate(names)]
+
+
+def test_the_page_lists_every_style_of_transformers_plans() -> None:
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    page = Path(__file__).parents[3] / "docs" / "explanation" / "transformers-models.md"
+    table = re.findall(r"^\| (`.+?) \| ", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert {style for cell in table for style in re.findall(r"`(\w+)`", cell)} == set(ALL_PARALLEL_STYLES.keys())
