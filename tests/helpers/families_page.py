@@ -34,9 +34,10 @@ HEAD = """\
 <!-- `python -m tests.helpers.families_page` writes this page. -->
 
 The families that lading comes with. *config.json* is the `model_type` of the Hugging Face repositories that a family
-reads, with the class if it reads that one only. Parameters have the names of such repositories; *other names* are those
-of other checkpoints that a family also reads, in any [format](reference/checkpoint-formats.md). The last columns are
-the [axes of parallelism](how-to/load-on-many-devices.md) that a family supports; along another one, ranks hold copies.
+reads, with the class if it reads that one only, and behind *of* that of larger models, whose part it reads. Parameters
+have the names of such repositories; *other names* are those of other checkpoints that a family also reads, in any
+[format](reference/checkpoint-formats.md). The last columns are the [axes of
+parallelism](how-to/load-on-many-devices.md) that a family supports; along another one, ranks hold copies.
 
 | family | architectures | cards | config.json | other names | tp | sdp | pp | ep |
 |---|---|---|---|---|---|---|---|---|
@@ -51,9 +52,12 @@ def families() -> list[Family[Any, Any]]:
 def _config_json(family: Family[Any, Any]) -> str:
     if family.reads_other_model_types:
         return "any other"
-    classes = ", ".join(f"`{name}`" for name in sorted(family.hf_architectures))
+    types, classes, wholes = (
+        ", ".join(f"`{name}`" for name in sorted(names))
+        for names in (family.hf_model_types, family.hf_architectures, family.hf_part_of)
+    )
 
-    return ", ".join(f"`{name}`" for name in sorted(family.hf_model_types)) + (f" ({classes})" if classes else "")
+    return types + (f" ({classes})" if classes else "") + (f", of {wholes}" if wholes else "")
 
 
 def _other_names(family: Family[Any, Any]) -> str:
