@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 
+def position_angles(positions: Tensor, half: int, *, divisor: int) -> Tensor:
+    """Multiply positions (…) by ``half`` frequencies, ``10_000 ** (-i / divisor)`` → (…, half), float32."""
+    steps = torch.arange(half, dtype=torch.float32, device=positions.device)
+
+    return positions.float()[..., None] * torch.exp(steps * (-math.log(10_000.0) / divisor))
+
+
 def sinusoids(position_ids: Tensor, dim: int) -> Tensor:
     """Return the encodings of positions (N, S) → (N, S, dim), float32: all sines, then all cosines.
 
     :param dim: an even number, 4 or more.
     """
-    half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=position_ids.device)
-    angles = position_ids.float()[:, :, None] * torch.exp(steps * -(math.log(10_000.0) / (half - 1)))
+    angles = position_angles(position_ids, dim // 2, divisor=dim // 2 - 1)
 
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
@@ -24,7 +29,7 @@ def sinusoids(position_ids: Tensor, dim: int) -> Tensor:
 class SinusoidalPositions(nn.Module):
     """The inputs of a stack: scaled vectors and their positions.
 
-    The encodings are computed as they are needed, in float32: there is no table, and no longest sequence.
+    The encodings are computed as they are needed, in float32, without a table or a longest sequence.
 
     :param first: the position of the first vector that is not padding.
     """

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lading.families.nn.attention import split_heads
+from lading.families.nn.positions import position_angles
 from lading.families.nn.uninitialized import Linear
 
 
@@ -17,9 +16,7 @@ def embed_distances(length: int, dim: int, *, device: torch.device, dtype: torch
 
     Sines and cosines alternate. They are computed in float32, whatever ``dtype``.
     """
-    distances = torch.arange(length - 1, -length, -1, device=device, dtype=torch.float32)
-    frequencies = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10_000.0) / dim))
-    angles = torch.outer(distances, frequencies)
+    angles = position_angles(torch.arange(length - 1, -length, -1, device=device), dim // 2, divisor=dim // 2)
 
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).to(dtype)
 

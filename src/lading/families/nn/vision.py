@@ -13,6 +13,7 @@ from torch.nn.functional import dropout, interpolate
 
 from lading.families.nn.attention import AttentionMask
 from lading.families.nn.encoder_blocks import AttentionHeads, Intermediate, LayerStack
+from lading.families.nn.positions import position_angles
 from lading.families.nn.uninitialized import Conv2d, Conv3d, LayerNorm, Linear
 from lading.families.nn.vision_spec import VisionSpec
 
@@ -30,8 +31,7 @@ def sinusoidal_positions(
     parts = []
     for axis, (size, share) in enumerate(zip(grid, shares, strict=True)):
         half = math.ceil(dim / (2 * share))
-        frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=device) * (-math.log(10_000.0) / half))
-        angles = torch.arange(size, dtype=torch.float32, device=device)[:, None] * frequencies
+        angles = position_angles(torch.arange(size, device=device), half, divisor=half)
         shape = [1] * len(grid)
         shape[axis] = size
         parts.append(torch.cat((angles.sin(), angles.cos()), dim=1).view(*shape, 2 * half).expand(*grid, 2 * half))
