@@ -19,7 +19,7 @@ from lading.models.family import Family
 from lading.models.shapes import targets_of_config
 from lading.models.targets import Targets
 from lading.planning.block_scales import SCALE_DTYPE, scale_shape
-from lading.planning.composition import Source, shape_of, tensors_of
+from lading.planning.composition import Source, shape_of, tensors_of, with_tensors
 from lading.planning.rules import Route, route
 from lading.system.display import counted, human_bytes, human_count, representation
 
@@ -83,6 +83,27 @@ class Match:
     """The tensors of the checkpoint that make targets, except for targets that an adapter has whole."""
     merge: Merge = NO_MERGE
     """The changes that the adapters make."""
+
+    def copies(self) -> list[tuple[int, Source, str]]:
+        """Return the target, source and name of each further copy of a tied parameter that has bytes of its own.
+
+        ``torch.save`` writes tensors that share memory once, under several names.
+        """
+        manifest = self.manifest
+        first: dict[object, int] = {}
+
+        def in_place_of(tensor: int) -> int:
+            place = manifest.shard_ids[tensor], manifest.offsets[tensor], manifest.pieces.get(tensor)
+            return first.setdefault((place, manifest.dtypes[tensor], manifest.shapes[tensor]), tensor)
+
+        routed = self.routed
+        sources = dict(routed.sources()) if routed.duplicates else {}
+
+        return [
+            (target, copy, name)
+            for (target, copy), name in zip(routed.duplicates, routed.further_names, strict=True)
+            if with_tensors(copy, in_place_of) != with_tensors(sources[target], in_place_of)
+        ]
 
     def block_dims(self) -> array[int]:
         """Return for each tensor the dim along which digests cut it: that of the ranks, so that they can check."""

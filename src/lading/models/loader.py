@@ -368,7 +368,7 @@ def _load(
 
 def _check_tied(checkpoint: Checkpoint, match: Match, loaded: Mapping[str, Tensor]) -> None:
     """Check that the copies of a tied parameter in the checkpoint are equal to what was loaded."""
-    for target, source in match.routed.duplicates:
+    for target, source, _ in match.copies():
         name, copy = match.targets.names[target], name_of(source, match.manifest)
         mine, box = loaded[name], match.targets.boxes[target]
         for slab in box.slabs(_COMPARED):

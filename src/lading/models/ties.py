@@ -32,7 +32,7 @@ def different_copies(checkpoint: Checkpoint, match: Match) -> tuple[str, ...]:
     targets, routed = match.targets, match.routed
     sources = dict(routed.sources())
     found = []
-    for (target, copy), name in zip(routed.duplicates, routed.further_names, strict=True):
+    for target, copy, name in match.copies():
         own = sources[target]
         dtype = targets.dtypes[target] or checkpoint.manifest.value_dtype(next(tensors_of(own)))
         for box in Box.whole(targets.shapes[target]).slabs(_CHUNK // (BITS[dtype] // 8)):
@@ -52,7 +52,7 @@ def require_equal_copies(checkpoint: Checkpoint, match: Match) -> None:
     :raises ModelCheckpointMismatchError: a copy differs.
     """
     different = frozenset(different_copies(checkpoint, match))
-    for (target, copy), name in zip(match.routed.duplicates, match.routed.further_names, strict=True):
+    for target, copy, name in match.copies():
         if name in different:
             own = match.targets.names[target]
             raise tied_mismatch_error(checkpoint, match.config, name_of(copy, match.manifest), own)

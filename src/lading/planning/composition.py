@@ -8,8 +8,8 @@ of its box and no others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from lading.errors import InternalError
 from lading.planning.box import Box, Selection
@@ -95,6 +95,16 @@ def tensors_of(source: Source) -> Iterator[int]:
             yield from tensors_of(part)
     else:
         yield from tensors_of(source.source)
+
+
+def with_tensors(source: Source, number: Callable[[int], int]) -> Source:
+    """Return ``source`` with the tensor at each position ``i`` replaced by the one at ``number(i)``."""
+    if isinstance(source, int):
+        return number(source)
+    if isinstance(source, Joined | Stacked):
+        return replace(source, parts=tuple(with_tensors(part, number) for part in source.parts))
+
+    return replace(source, source=with_tensors(source.source, number))
 
 
 def shape_of(source: Source, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -18,9 +18,11 @@ from lading.errors import AssetCardError, ModelCheckpointMismatchError, ModelCon
 from lading.families.llama import LLaMAConfig
 from lading.families.qwen import FAMILY as QWEN
 from lading.families.qwen import QwenConfig
+from lading.formats import index
 from lading.formats.manifest import BITS, Manifest, Shard
 from lading.models.family import Family
-from lading.models.fit import CheckReport, check_manifest, require_fit
+from lading.models.fit import CheckReport, check_manifest, match, report_fit, require_fit
+from lading.models.shapes import targets_of_config
 from tests.helpers.examples import examples
 from tests.helpers.make_checkpoint import qwen_config
 
@@ -88,6 +90,19 @@ def test_one_that_fits() -> None:
     assert report.fits
     require_fit(report, path="x", name="tiny")
     assert pickle.loads(pickle.dumps(report)) == report
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_copy_that_shares_its_bytes_is_not_compared(shares: bool, tmp_path: Path) -> None:
+    """``torch.save`` writes tied parameters once, under both names."""
+    state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, (_, shape) in tensors().items()}
+    state["lm_head.weight"] = state[EMBEDDING] if shares else state[EMBEDDING].clone()
+    torch.save(state, tmp_path / "model.pt")
+
+    found = match(index(tmp_path / "model.pt"), targets_of_config(QWEN, CONFIG), QWEN, CONFIG)
+
+    assert [name for _, _, name in found.copies()] == ([] if shares else ["lm_head.weight"])
+    assert report_fit(found).tied == {"lm_head.weight": EMBEDDING}
 
 
 def test_what_a_model_does_not_need_and_what_it_needs_once() -> None:
