@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -87,9 +88,9 @@ def test_an_error_in_its_part_of_the_file_says_where(theirs: Any, tmp_path: Path
         get_llama4_model_hub().load_model(tmp_path / "model")
 
 
-def files_of_meta(state: dict[str, Tensor], ranks: int) -> list[dict[str, Tensor]]:
+def files_of_meta(state: dict[str, Tensor], ranks: int) -> list[dict[str, Any]]:
     """The tensors of transformers, as Meta's ranks of tensor parallelism hold them."""
-    found: list[dict[str, Tensor]] = []
+    found: list[dict[str, Any]] = []
     for rank in range(ranks):
 
         def own(name: str, dim: int, rank: int = rank) -> Tensor:
@@ -133,7 +134,8 @@ def files_of_meta(state: dict[str, Tensor], ranks: int) -> list[dict[str, Tensor
                 f"{meta}.feed_forward.w_swiglu_FD.weight": own(f"{ffn}.shared_expert.up_proj.weight", 0),
                 f"{meta}.feed_forward.w_out_shared_DF.weight": own(f"{ffn}.shared_expert.down_proj.weight", 1),
             }
-        found.append({name: tensor.clone() for name, tensor in part.items()})
+        copies = {name: tensor.clone() for name, tensor in part.items()}
+        found.append({**copies, "layers.0.attention.wqkv._extra_state": io.BytesIO(b"state")})
 
     return found
 

@@ -127,6 +127,13 @@ def test_every_protocol_of_binary_pickles(tmp_path: Path, protocol: int) -> None
     assert equal(read_all(path)["w"], BASE)
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_state_of_modules_of_transformer_engine_is_passed_over(tmp_path: Path, protocol: int) -> None:
+    path = _written(tmp_path / "model.pt", {"w": BASE, "_extra_state": io.BytesIO(b"x")}, protocol=protocol)
+
+    assert read_all(path).keys() == {"w"}
+
+
 def test_a_pickle_of_text_is_called_by_its_protocol(tmp_path: Path) -> None:
     path = _written(tmp_path / "model.pt", {"w": BASE}, protocol=0)
 

@@ -67,6 +67,7 @@ _TENSOR_TYPES = {("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("tor
 
 _HARMLESS = _TENSOR_TYPES | {
     ("torch", "device"), ("torch.serialization", "_get_layout"), ("_codecs", "encode"), ("collections", "Counter"),
+    ("_io", "BytesIO"),  # the state of modules of Transformer Engine
     ("torch._utils", "_rebuild_qtensor"), ("torch._utils", "_rebuild_sparse_tensor"),
     ("torch._utils", "_rebuild_meta_tensor_no_storage"), ("torch._utils", "_rebuild_nested_tensor"),
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"),
