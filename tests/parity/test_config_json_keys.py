@@ -46,6 +46,16 @@ BASES: dict[str, dict[str, Any]] = {
     },
     "qwen2": DECODER | WINDOWS,
     "qwen3": DECODER | WINDOWS | {"head_dim": 16},
+    "qwen3_moe": DECODER
+    | {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
+    "mixtral": DECODER | {"sliding_window": 16, "head_dim": 16, "num_local_experts": 4},
     "mistral": DECODER | {"sliding_window": 16, "head_dim": 16},
     "olmo2": DECODER,
     "olmo3": DECODER | {"sliding_window": 16},
