@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from lading.gangs import create_gangs
-from lading.models.hub import load_model, load_with_report
+from lading.catalog.store import get_asset_store
+from lading.gangs import create_fake_gangs, create_gangs
+from lading.models.construct import create_model
+from lading.models.hf_config import family_of_folder
+from lading.models.hub import ModelHub, load_model, load_with_report
+from lading.models.targets import is_distributed
+from lading.operations.export import export_model
 from lading.operations.plan import plan_load
 from tests.distributed.test_parity import differences
 from tests.distributed.tiny_models import save_model
@@ -40,7 +45,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         **SIZES, intermediate_size=24, intermediate_size_mlp=40, num_local_experts=EXPERTS, head_dim=8,
         interleave_moe_layer_step=2, no_rope_layer_interval=2, attention_chunk_size=4, floor_scale=3,
     )  # fmt: skip
+    deepseek = transformers.DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 8}, intermediate_size=24, moe_intermediate_size=16, n_routed_experts=EXPERTS,
+        n_group=4, topk_group=2, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+    )  # fmt: skip
     made = {
+        "deepseek": save_model(root / "deepseek", transformers.DeepseekV3ForCausalLM, deepseek),
         "llama4": save_model(root / "llama4", transformers.Llama4ForCausalLM, llama4),
         "mixtral": save_model(root / "mixtral", transformers.MixtralForCausalLM, mixtral),
         "qwen3_moe": save_model(root / "qwen3_moe", transformers.Qwen3MoeForCausalLM, qwen),
@@ -73,18 +84,53 @@ def case_id(value: Any) -> str:
         ("mixtral", {"ep": 4}),
         ("llama4", {"ep": 2, "tp": 2}),
         ("mixtral", {"ep": 2, "tp": 2}),
-        ("qwen3_moe", {"ep": 2, "sdp": 2}),
+        ("deepseek", {"ep": 2, "sdp": 2}),
         ("stacked", {"tp": 2, "sdp": 2}),
         *(
             pytest.param(name, sizes, marks=pytest.mark.slow)
-            for name in ("llama4", "mixtral", "qwen3_moe", "stacked")
-            for sizes in ({"tp": 4}, {"sdp": 4}, {"ep": 2}, {"ep": 2, "tp": 2}, {"ep": 2, "sdp": 2})
+            for name in ("deepseek", "llama4", "mixtral", "qwen3_moe", "stacked")
+            for sizes in ({"tp": 4}, {"ep": 4}, {"sdp": 4}, {"ep": 2}, {"ep": 2, "tp": 2}, {"ep": 2, "sdp": 2})
         ),
     ],
     ids=case_id,
 )
 def test_four_ranks(pool4: Pool, folders: dict[str, Path], name: str, sizes: dict[str, int]) -> None:
     assert pool4.values(load_and_compare, folders[name], sizes) == [[]] * 4
+
+
+def new_and_exported(folder: Path, sizes: dict[str, int], place: str) -> list[str]:
+    torch.set_num_threads(1)
+    family, config = family_of_folder(folder)
+    torch.manual_seed(7)
+    alone = create_model(family, config, gangs=create_fake_gangs("cpu"), dtype=torch.float32, meta=False)
+    torch.manual_seed(7)
+    with create_gangs("cpu", **sizes) as gangs:
+        model = create_model(family, config, gangs=gangs, dtype=torch.float32, meta=False)
+        export_model(model, family, config, place, gangs=gangs, shard_size=10_000)
+        state = load_model(Path(place), device="cpu", dtype=torch.float32, progress=False).state_dict()
+        expected = alone.state_dict()
+        parts = dict(ModelHub(family, get_asset_store()).iter_checkpoint(Path(place), config, gangs=gangs))
+        own = {name: p.to_local() if is_distributed(p) else p for name, p in model.named_parameters()}
+
+        found = [f"exported {name}" for name in expected if not torch.equal(state[name], expected[name])]
+        return found + [f"part {name}" for name, part in own.items() if not torch.equal(parts[name], part.detach())]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("mixtral", {"ep": 2, "tp": 2}),
+        *(
+            pytest.param("qwen3_moe", sizes, marks=pytest.mark.slow)
+            for sizes in ({"ep": 2, "sdp": 2}, {"ep": 2, "pp": 2})
+        ),
+    ],
+    ids=case_id,
+)
+def test_a_new_model_its_export_and_its_parts(
+    pool4: Pool, folders: dict[str, Path], tmp_path: Path, name: str, sizes: dict[str, int]
+) -> None:
+    assert pool4.values(new_and_exported, folders[name], sizes, str(tmp_path / "out")) == [[]] * 4
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
 import pytest
+import torch
 
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import NotSupportedError
+from lading.families import deepseek
 from lading.families.qwen3_moe import FAMILY, Qwen3MoEConfig
 from lading.formats.manifest import Manifest
+from lading.gangs.world import AXES
 from lading.operations.plan import LoadPlan, plan_checkpoint
+from tests.helpers.deepseek_manifest import deepseek_manifest
 from tests.helpers.published_experts import manifest_of, separate_shapes
 
 SMALL = Qwen3MoEConfig(
     model_dim=64, vocab_size=96, num_layers=3, num_attn_heads=8, num_key_value_heads=4, head_dim=8, num_experts=12,
     expert_inner_dim=24, ffn_inner_dim=48, dense_layers=[0],
 )  # fmt: skip
-LARGE = Qwen3MoEConfig(num_layers=118, num_experts=256)
 
 
 def published(config: Qwen3MoEConfig) -> Manifest:
@@ -26,9 +29,8 @@ def published(config: Qwen3MoEConfig) -> Manifest:
 
 def planned(manifest: Manifest, config: Qwen3MoEConfig, **sizes: int) -> LoadPlan:
     checkpoint = Checkpoint(name="x", uri="file:///x", where="/x", manifest=manifest, files=None)
-    every: dict[str, Any] = {"pp": 1, "rdp": 1, "sdp": 1, "ep": 1, "tp": 1} | sizes
 
-    return plan_checkpoint(checkpoint, FAMILY, config, sizes=every, dtype=None, ranks=None)
+    return plan_checkpoint(checkpoint, FAMILY, config, sizes=dict.fromkeys(AXES, 1) | sizes, dtype=None, ranks=None)
 
 
 def sizes_of(manifest: Manifest) -> tuple[int, int]:
@@ -75,11 +77,27 @@ def test_ranks_that_do_not_divide_the_experts() -> None:
         planned(published(SMALL), SMALL, ep=5)
 
 
-def test_a_model_of_ninety_thousand_tensors_over_64_ranks() -> None:
-    manifest = published(LARGE)
-    assert len(manifest) > 90_000
-    experts, others = sizes_of(manifest)
-    found = planned(manifest, LARGE, ep=64)
+def test_deepseek_v3_over_64_ranks() -> None:
+    manifest = deepseek_manifest()
+    assert len(manifest) == 91_991
+    checkpoint = Checkpoint(name="x", uri="file:///x", where="/x", manifest=manifest, files=None)
+    sizes = dict.fromkeys(AXES, 1) | {"ep": 64}
+    found = plan_checkpoint(
+        checkpoint, deepseek.FAMILY, deepseek.DeepSeekConfig(), sizes=sizes, dtype=torch.bfloat16, ranks=None
+    )
 
-    assert [rank.bytes_read for rank in found.ranks] == [others + experts // 64] * 64
-    assert [rank.memory_bytes for rank in found.ranks] == [others + experts // 64] * 64
+    shared = 0
+    own = [0] * 64
+    for i, name in enumerate(manifest.names):
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        if name.startswith("model.layers.61."):  # drafts further tokens
+            continue
+        if expert is None:
+            shared += manifest.nbytes(i)
+        else:
+            own[int(expert[1]) // 4] += manifest.nbytes(i)
+    assert [rank.bytes_read for rank in found.ranks] == [shared + part for part in own]
+    # A bias of each router is in float32.
+    experts = 58 * 256 * 3 * 7168 * 2048
+    others = 671_026_419_200 - experts
+    assert {rank.memory_bytes for rank in found.ranks} == {2 * (others + experts // 64) + 2 * 58 * 256}
