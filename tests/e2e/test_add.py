@@ -531,6 +531,7 @@ def test_the_command(cli: Callable[..., Result], models: Path) -> None:
     assert "--recursive" in cli("add", models.parent / "home").stderr
 
 
+@pytest.mark.slow
 def test_cards_can_be_exported_and_imported_elsewhere(
     cli: Callable[..., Result], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -588,6 +589,7 @@ def test_an_adapter_is_based_on_the_card_of_its_model(models: Path, tmp_path: Pa
     assert dump() == before
 
 
+@pytest.mark.slow
 def test_adapters_move_and_are_relocated_like_checkpoints(models: Path, tmp_path: Path) -> None:
     write_adapter(models / "lora", factors(Q_PROJ, 32, 32), base_model_name_or_path=str(models / "Tiny"))
     add(models)

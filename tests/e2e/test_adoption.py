@@ -155,6 +155,7 @@ def test_revisions_are_respected(tmp_path: Path, cache: Path, tiny: Path, sharde
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_the_catalog_has_pinned_is_not_replaced(tmp_path: Path, cache: Path, tiny: Path, sharded: Path) -> None:
     old = add_snapshot(cache, "Qwen/Tiny", tiny)
     add_cards(tmp_path, tiny="hg://Qwen/Tiny")
@@ -326,6 +327,7 @@ def test_a_folder_that_was_hashed_is_not_loaded_with_other_bytes(tmp_path: Path,
     loads("mine")
 
 
+@pytest.mark.slow
 def test_a_folder_that_had_the_bytes_of_a_card_before(tmp_path: Path, cache: Path, tiny: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "models" / "tiny")
     flip_last_byte(tiny / "model.safetensors")
@@ -345,6 +347,7 @@ def test_a_folder_that_had_the_bytes_of_a_card_before(tmp_path: Path, cache: Pat
     assert lading.get_asset_store().models("later")[0].status == "remote"
 
 
+@pytest.mark.slow
 def test_the_suggested_overlay_works(tmp_path: Path, cache: Path, tiny: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "it's: my #models" / "tiny")
     add_cards(tmp_path, tiny="hg://Qwen/Tiny")

@@ -136,6 +136,7 @@ def test_another_header_is_another_checkpoint(models: Path) -> None:
     assert adopt(models)["now"].status == "adopted"
 
 
+@pytest.mark.slow
 def test_one_file_may_have_another_name(models: Path) -> None:
     torch.save(tensors(), models / "best.pt")
     adopt(models)
@@ -150,6 +151,7 @@ def test_one_file_may_have_another_name(models: Path) -> None:
     assert known() == {path_uri(models / "runs" / "qwen-run7.pt")}
 
 
+@pytest.mark.slow
 def test_of_two_copies_one_is_the_moved_one(models: Path) -> None:
     before = make(models / "before")
     adopt(models)

@@ -241,6 +241,7 @@ def test_questions_are_for_the_command_line_too(more_cards):
     assert models["failed-checks"] == set()
 
 
+@pytest.mark.slow
 def test_files_that_models_share(home, cli, tmp_path):
     """Copies of a file, and two cards that name one file."""
     from tests.helpers.make_checkpoint import make

@@ -68,6 +68,7 @@ def kinds(run: Run) -> dict[str, str]:
     return {row["file"]: row["kind"] for row in rows}
 
 
+@pytest.mark.slow
 def test_the_hub_s_cache_has_no_owners(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     download(run, "config.json", SHARDS[0])
 
@@ -169,6 +170,7 @@ def test_what_a_failed_pull_brought_is_removed_with_the_rest(run: Run, hub: Fake
     assert list((tmp_path / "hub").glob("models--*")) == []
 
 
+@pytest.mark.slow
 def test_adopting_sends_no_request(run: Run, hub: FakeHub) -> None:
     download(run, "config.json", "model.safetensors.index.json", *SHARDS)
     hub.requests.clear()

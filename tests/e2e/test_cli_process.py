@@ -101,6 +101,7 @@ def test_the_first_use_makes_a_catalog(home, process, catalog):
     assert catalog.exists()
 
 
+@pytest.mark.slow
 def test_paths_in_other_scripts_work_in_a_locale_of_ascii_alone(program, process, tmp_path):
     folder = tmp_path / "модель-é-模型"
     make(folder)
@@ -134,6 +135,7 @@ def test_the_exit_code_holds_without_a_reader_of_the_output(program, words, code
     assert done.returncode == code
 
 
+@pytest.mark.slow
 def test_head(program):
     done = program("list", "-q", stdout=subprocess.PIPE)
     lading = f"'{sys.executable}' -m lading"
@@ -205,6 +207,7 @@ def test_ctrl_c_where_python_drops_exceptions(catalog):
         assert (code, child.stderr.read()) == (130, "lading: interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_terminal_of_few_letters(program):
     env = {"PYTHONIOENCODING": "latin-1"}
     assert program("sql", "select '日本é' as x", "-q", env=env, text=False).stdout == b"\\u65e5\\u672c\xe9\n"

@@ -246,6 +246,7 @@ def test_several_are_listed_and_not_removed_without_yes(
     assert fetched() == [name for name in ("got_a", "got_b") if name not in asked]
 
 
+@pytest.mark.slow
 def test_a_removal_for_programs(cli: Cli, fetched: Callable[[], list[str]], tmp_path: Path) -> None:
     cli("index", "tiny")
     words = ("rm", "got_a", "tiny", "got_b", "tiny_gated")
@@ -265,6 +266,7 @@ def test_a_removal_for_programs(cli: Cli, fetched: Callable[[], list[str]], tmp_
     assert cli("rm", "--orphans", "-q").stdout == ""
 
 
+@pytest.mark.slow
 def test_a_wrong_name_keeps_all(cli: Cli, fetched: Callable[[], list[str]]) -> None:
     done = cli("rm", "got_a", "nobody", "got_b", "--yes", code=2)
     assert "lading: nothing was removed." in done.stderr

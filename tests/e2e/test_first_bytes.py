@@ -72,7 +72,7 @@ def test_a_card_on_this_machine(tmp_path: Path, name: str) -> None:
     loads("mine")
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("digests", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_card_over_http(cli: Cli, tmp_path: Path, name: str, digests: bool) -> None:

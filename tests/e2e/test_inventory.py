@@ -408,6 +408,7 @@ def test_what_has_no_card_is_listed_until_it_has_one(cli: Cli, disk: Path, tmp_p
     assert "unregistered" not in cli("list", "--all").stdout
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_found_to_be_a_card_s_is_listed_no_more(
     disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

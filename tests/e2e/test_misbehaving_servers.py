@@ -174,6 +174,7 @@ def test_what_a_hub_says_of_a_repository(world: World, place: Place, what: str) 
     require_recovery(world, place, "far")
 
 
+@pytest.mark.slow
 def test_a_hub_that_hands_out_on_request(world: World, place: Place) -> None:
     repository = world.hub.repositories["some/tiny"]
     repository.gated = True

@@ -133,6 +133,7 @@ def test_what_no_revision_names(run: Run) -> None:
     assert "revision" in run("load", "acme/tiny@../x", code=2).stderr
 
 
+@pytest.mark.slow
 def test_the_card_that_has_the_repository_counts(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     cards = tmp_path / "cards.yaml"
     cards.write_text(
@@ -176,6 +177,7 @@ def test_a_hub_that_cannot_be_reached_is_no_unknown_name(run: Run, hub: FakeHub)
     assert "acme/tiny" in run("load", "acme/tiny", code=5).stderr
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_a_repository(run: Run, hub: FakeHub) -> None:
     tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
     config = {"bos_token": "a"}

@@ -66,6 +66,7 @@ def test_pulled_once_and_loaded_offline(process: Run, tmp_path: Path) -> None:
     assert report["tensors"] == 16  # the head is the embedding table
 
 
+@pytest.mark.slow
 def test_from_a_web_server(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_repository(tmp_path / "repository")
     files = {f"/tiny/{path.name}": path.read_bytes() for path in (tmp_path / "repository").iterdir()}

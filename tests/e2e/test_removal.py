@@ -506,6 +506,7 @@ def test_orphans(tmp_path: Path, hub: Path, made: Path) -> None:
     assert blob_tag(needed) is None
 
 
+@pytest.mark.slow
 def test_sidecars_of_an_older_version_are_orphans(tmp_path: Path, made: Path) -> None:
     add_cards(tmp_path, tiny=HTTP)
     blob = fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
@@ -610,6 +611,7 @@ def test_what_a_card_names_in_another_environment_stays(
         assert all(blob.exists() for blob in blobs)
 
 
+@pytest.mark.slow
 def test_a_new_catalog_in_the_place_of_a_lost_one(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_catalog(tmp_path / "a", monkeypatch)
     add_cards(tmp_path, tiny=HTTP)

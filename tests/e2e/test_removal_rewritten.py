@@ -87,6 +87,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
         yield hub
 
 
+@pytest.mark.slow
 def test_what_was_made_of_a_file_of_the_hub(process: Run, hub: FakeHub, tmp_path: Path) -> None:
     env = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 

@@ -38,6 +38,7 @@ def made() -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_digest_of_the_original_is_not_that_of_what_was_made_of_it(published: None) -> None:
     load()
 
