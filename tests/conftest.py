@@ -22,6 +22,7 @@ import pytest
 from hypothesis import is_hypothesis_test, settings
 
 import lading
+from lading.catalog.open import open_catalog
 from tests.helpers import catalog_tools
 from tests.helpers.examples import QUICK
 from tests.helpers.interpreters import Interpreters
@@ -105,9 +106,26 @@ def _not_the_users_catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield
 
 
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog as it is after its first use; to read the package's cards takes longer than to copy it."""
+    path = tmp_path_factory.mktemp("template") / "catalog.sqlite"
+    open_catalog(catalog_tools.settings_in(path.parent))
+    return path
+
+
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home: whatever lading writes by default, it writes below this folder."""
+def home(empty_home: Path, template: Path) -> Path:
+    """A home after the first use, with the package's cards: whatever lading writes by default, it writes below it."""
+    folder = empty_home / "data" / "lading"
+    folder.mkdir(parents=True)
+    shutil.copy(template, folder / "catalog.sqlite")
+    return empty_home
+
+
+@pytest.fixture
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home before the first use."""
     home = tmp_path / "home"
     home.mkdir()
     for name in ("LADING_DATABASE_URL", "LADING_CACHE_DIR", "LADING_CARDS", "LADING_ENV", "LADING_OFFLINE"):

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from lading.catalog.open import open_catalog
 from tests.helpers.cached_repository import use_cache
-from tests.helpers.catalog_tools import settings_in
 from tests.helpers.fault_world import Place, World, open_world
 from tests.helpers.nursery import Nursery
 
@@ -67,14 +65,6 @@ tokenizer: ./tokenizer.json
 """
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalog as it is after its first use; to read the package's cards takes longer than to copy it."""
-    path = tmp_path_factory.mktemp("template") / "catalog.sqlite"
-    open_catalog(settings_in(path.parent))
-    return path
-
-
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of Hugging Face's libraries, in the place of the user's."""
@@ -82,14 +72,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def catalog(home: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def catalog(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a catalog that holds the package's cards."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("COLUMNS", raising=False)
-    path = home / "data" / "lading" / "catalog.sqlite"
-    path.parent.mkdir(parents=True)
-    shutil.copy(template, path)
-    return path
+    return home / "data" / "lading" / "catalog.sqlite"
 
 
 @pytest.fixture

@@ -80,11 +80,11 @@ def test_a_family_that_cannot_be_imported_leaves_the_cards_of_others_alone(progr
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_help_opens_no_catalog(home):
+def test_help_opens_no_catalog(empty_home):
     lines = ("--help", "load --help", "--version")
     without = HEAVY | {"sqlalchemy"}
     assert [(line, heavy) for line, modules in modules_after(*lines).items() if (heavy := modules & without)] == []
-    assert not (home / "data").exists()
+    assert not (empty_home / "data").exists()
 
 
 def test_as_a_module_and_as_a_program(program):
@@ -270,7 +270,7 @@ def test_completion(catalog, complete):
     assert "plain,list" in complete("lading l")
     assert complete("lading show qwen3_0.") == ["plain,qwen3_0.6b", "plain,qwen3_0.6b_base"]
     assert complete("lading load mistral_7b_i")
-    assert complete("lading archs qw") == ["plain,qwen"]
+    assert complete("lading archs ol") == ["plain,olmo"]
     assert complete("lading list --family mis") == ["plain,mistral"]
     assert complete("lading load ./x") == ["file,./x"]
     assert complete("lading check qwen3_0.") == ["plain,qwen3_0.6b", "plain,qwen3_0.6b_base"]
@@ -279,9 +279,9 @@ def test_completion(catalog, complete):
     assert complete("lading show [") == []
 
 
-def test_completion_neither_makes_a_catalog_nor_complains(home, complete):
+def test_completion_neither_makes_a_catalog_nor_complains(empty_home, complete):
     assert complete("lading show q") == []
-    assert not (home / "data").exists()
+    assert not (empty_home / "data").exists()
     assert complete("lading show q", LADING_DATABASE_URL="nonsense") == []
 
 
