@@ -27,6 +27,7 @@ CHECKS = """
 assert tuple(served.model.embed_tokens.weight.shape) == (100, 32)
 assert "user: the ship" in text and chat_ids.size(1) > 2
 assert output.shape[0] == 2
+assert tuple(patches.shape) == (2, 196, 192)
 assert 0 < loss < 20
 assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 assert tuned.generate(inputs.input_ids, max_new_tokens=8, eos_id=end)[0].tolist() == answer[0].tolist()
