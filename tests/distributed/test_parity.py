@@ -85,9 +85,19 @@ LLAMA4 = {
     "attention_chunk_size": 4,
     "floor_scale": 3,
 }
+GEMMA_3N = GEMMA | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.9],
+    "laurel_rank": 6,
+    "vocab_size_per_layer_input": 95,
+    "hidden_size_per_layer_input": 6,
+}
 BERT = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 8, "vocab_size": 102}
 SIZES: dict[str, dict[str, Any]] = {
-    "llama": LLAMA, "mistral": MISTRAL, "olmo": OLMO, "gemma": GEMMA, "llama4": LLAMA4, "bert": BERT,
+    "llama": LLAMA, "mistral": MISTRAL, "olmo": OLMO, "gemma": GEMMA, "gemma3n": GEMMA_3N, "llama4": LLAMA4,
+    "bert": BERT,
 }  # fmt: skip
 
 
@@ -103,10 +113,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("olmo", transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
         ("gemma", transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
         ("llama4", transformers.Llama4TextConfig, transformers.Llama4ForCausalLM),
+        ("gemma3n", transformers.Gemma3nTextConfig, transformers.Gemma3nForCausalLM),
         ("bert", transformers.BertConfig, transformers.BertModel),
     ):
         sizes = SIZES[name]
-        values = config(num_hidden_layers=2, max_position_embeddings=64, **sizes)
+        values = config(**{"num_hidden_layers": 2, "max_position_embeddings": 64, **sizes})
         made[name] = save_model(root / name, kls, values)
 
     return made
@@ -179,7 +190,7 @@ def case_id(value: Any) -> str:
     return value if isinstance(value, str) else "tp{}-sdp{}-rdp{}".format(*value)
 
 
-FAMILIES = ["llama", "qwen", "mistral", "olmo", "gemma", "llama4", "bert"]
+FAMILIES = ["llama", "qwen", "mistral", "olmo", "gemma", "gemma3n", "llama4", "bert"]
 
 
 def slow(*cases: tuple[str, Axes]) -> list[Any]:
@@ -192,6 +203,7 @@ def slow(*cases: tuple[str, Axes]) -> list[Any]:
     [
         *((family, (2, 1, 1)) for family in FAMILIES),
         ("qwen", (1, 2, 1)),
+        ("gemma3n", (1, 2, 1)),
         ("bert", (1, 2, 1)),
         *slow(*((family, (1, 2, 1)) for family in ("llama", "mistral", "olmo", "gemma", "llama4"))),
     ],
@@ -210,7 +222,10 @@ def test_two_ranks(pool2: Pool, folders: dict[str, Path], family: str, axes: Axe
         ("mistral", (4, 1, 1)),  # two ranks to a key/value head
         ("qwen", (1, 2, 2)),
         ("bert", (2, 1, 2)),
-        *slow(("llama", (1, 4, 1)), *((family, (2, 2, 1)) for family in ("qwen", "olmo", "gemma", "llama4", "bert"))),
+        *slow(
+            ("llama", (1, 4, 1)),
+            *((family, (2, 2, 1)) for family in ("qwen", "olmo", "gemma", "gemma3n", "llama4", "bert")),
+        ),
     ],
     ids=case_id,
 )
@@ -230,7 +245,7 @@ def pool8() -> Any:
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_ranks(pool8: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
-    if axes[0] == 8 and family in ("llama", "qwen", "gemma", "llama4"):
+    if axes[0] == 8 and family in ("llama", "qwen", "gemma", "gemma3n", "llama4"):
         outcomes = pool8.run(load_and_compare, folders[family], axes)
         assert all(isinstance(o.error, NotSupportedError) and "num_attn_heads" in str(o.error) for o in outcomes)
     else:
@@ -268,7 +283,10 @@ def test_ranks_that_ask_for_different_models(pool2: Pool, folders: dict[str, Pat
 
 @pytest.mark.parametrize(
     ("family", "axes"),
-    [("bert", (2, 2, 1)), *slow(("qwen", (2, 2, 1)), ("llama4", (2, 2, 1)), ("llama", (1, 4, 1)))],
+    [
+        ("bert", (2, 2, 1)),
+        *slow(("qwen", (2, 2, 1)), ("llama4", (2, 2, 1)), ("gemma3n", (2, 2, 1)), ("llama", (1, 4, 1))),
+    ],
     ids=case_id,
 )
 def test_a_new_model(pool4: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:

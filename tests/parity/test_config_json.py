@@ -11,7 +11,7 @@ import torch
 from tests.helpers.parity_tools import family_of
 
 DECODERS = ["llama", "llama4_text", "qwen2", "qwen3", "mistral", "olmo2"]
-BY_LAYER = ["olmo3", "gemma3_text"]
+BY_LAYER = ["olmo3", "gemma3_text", "gemma3n_text"]
 
 SPARSE: list[dict[str, Any]] = [
     {},
@@ -72,7 +72,20 @@ SPARSE_BY_LAYER: dict[str, list[dict[str, Any]]] = {
             }
         },
     ],
+    "gemma3n_text": [
+        {},
+        {"num_hidden_layers": 10, "num_kv_shared_layers": 4},
+        {"rope_theta": 77.0, "rope_local_base_freq": 7.0},
+        {"num_hidden_layers": 2, "num_kv_shared_layers": 0, "intermediate_size": [8, 16]},
+        {"activation_sparsity_pattern": [0.5] * 35, "final_logit_softcapping": 5.0},
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 9.0}}},
+    ],
 }
+THETAS = {
+    "gemma3_text": ("rope_theta", "local_rope_theta"),
+    "gemma3n_text": ("rope_theta_global", "rope_theta"),
+}
+"""The fields of the bases of rotary frequencies, without and with a window, if they are two."""
 
 
 @pytest.mark.parametrize(
@@ -90,9 +103,9 @@ def test_a_sparse_file_with_kinds_of_layers_means_what_the_full_one_does(
     found = family.from_hf({"model_type": model_type, **values})
 
     assert found == family.from_hf(json.loads(full.to_json_string(use_diff=False)))
-    theta = found.local_rope_theta if model_type == "gemma3_text" else found.rope_theta
-    assert found.rope_theta == full.rope_parameters["full_attention"]["rope_theta"]
-    assert theta == full.rope_parameters["sliding_attention"]["rope_theta"]
+    of_full, of_windows = THETAS.get(model_type, ("rope_theta", "rope_theta"))
+    assert getattr(found, of_full) == full.rope_parameters["full_attention"]["rope_theta"]
+    assert getattr(found, of_windows) == full.rope_parameters["sliding_attention"]["rope_theta"]
     assert found.layer_types == full.layer_types
     assert found.sliding_window == full.sliding_window
 

@@ -60,6 +60,16 @@ BASES: dict[str, dict[str, Any]] = {
     "olmo2": DECODER,
     "olmo3": DECODER | {"sliding_window": 16},
     "gemma3_text": DECODER | {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3n_text": DECODER
+    | {
+        "sliding_window": 16,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 6,
+        "vocab_size_per_layer_input": 50,
+        "hidden_size_per_layer_input": 6,
+    },
     "bert": SIZES,
 }
 LLAMA3 = {
@@ -122,6 +132,8 @@ VALUES: dict[str, list[Any]] = {
     "sliding_window_pattern": [3],
     "partial_rotary_factor": [1.0],
     "torch_dtype": ["float32", "bfloat16"],
+    "intermediate_size": [[48] * 4, [48, 24, 48, 24], [48] * 3],
+    "activation_sparsity_pattern": [[0.5] * 4, [0.0, 0.9, 0.0, 0.9], [0.5] * 3, [1.0] * 4],
     "rope_scaling": [
         *ROPES,
         *({FULL: rope} for rope in ROPES),

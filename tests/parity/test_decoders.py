@@ -26,6 +26,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GEMMA_3N: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 6,
+    "vocab_size_per_layer_input": 90,
+    "hidden_size_per_layer_input": 8,
+}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 LATENT = {
     "q_lora_rank": 24,
@@ -175,13 +187,34 @@ CASES = [
     ),
     Case("deepseek-dense", "deepseek_v3", {**LATENT, "first_k_dense_replace": 3, "rope_theta": 77.0}),
     Case("mistral-window-as-long", "mistral", {"sliding_window": 17, "tie_word_embeddings": True}),
+    Case("gemma3n", "gemma3n_text", GEMMA_3N),
+    Case(
+        "gemma3n-widths",
+        "gemma3n_text",
+        GEMMA_3N
+        | {
+            "intermediate_size": [96, 64, 96, 32],
+            "activation_sparsity_pattern": [0.0, 0.5, 0.95, 0.0],
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+            "num_key_value_heads": 1,
+            "altup_num_inputs": 3,
+            "altup_active_idx": 1,
+            "altup_correct_scale": False,
+            "final_logit_softcapping": 3.0,
+            "rope_theta": 12_345.0,
+            "rope_local_base_freq": 77.0,
+            "tie_word_embeddings": False,
+        },
+    ),
+    Case("gemma3n-shares-nothing", "gemma3n_text", GEMMA_3N | {"num_kv_shared_layers": 0, "altup_num_inputs": 1}),
 ]
 
 QUICK = {
     "llama-mqa-tied", "llama-biases", "llama3-scaling", "qwen2", "qwen2-window", "qwen3-wide-heads-tied",
     "mistral-window", "mistral-window-1", "olmo2-gqa-tied", "olmo3", "olmo3-yarn-types-and-amplitude", "gemma3",
     "deepseek", "deepseek-queries-in-one-step", "gemma3-scaled", "mixtral-window", "qwen3-moe", "qwen3-moe-odd-width",
-    "llama4", "llama4-interleaved",
+    "llama4", "llama4-interleaved", "gemma3n", "gemma3n-widths",
 }  # fmt: skip
 """Each family, and each kind of heads, of windows, of rotary scaling, of experts and of ties."""
 
@@ -332,7 +365,7 @@ def test_half_precision(model_type: str) -> None:
         CASES[4],
         CASES[12],
         CASES[16],
-        *(case for case in CASES if case.id in ("mixtral", "qwen3-moe", "llama4", "deepseek")),
+        *(case for case in CASES if case.id in ("mixtral", "qwen3-moe", "llama4", "deepseek", "gemma3n")),
     ],
     ids=lambda case: case.id,
 )

@@ -16,6 +16,7 @@ from torch.nn import Module
 from lading import Family, NotSupportedError, convert_checkpoint, export_model, load_model
 from lading.families.bert import BertConfig
 from lading.families.gemma3 import Gemma3Config
+from lading.families.gemma3n import Gemma3nConfig
 from lading.families.jepa import JepaConfig, JepaEncoderConfig
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
 from lading.families.llama4 import Llama4Config, Llama4ExpertsConfig
@@ -46,6 +47,10 @@ LLAMA4 = Llama4Config(
 QWEN = QwenConfig(**SIZES)
 QWEN3 = replace(QWEN, qkv_proj_bias=False, q_norm=True, k_norm=True)
 GEMMA = Gemma3Config(**SIZES, head_dim=6, sliding_window=5, attn_scale_dim=7)
+GEMMA_3N = Gemma3nConfig(
+    **SIZES | {"num_layers": 4}, altup_hidden_dim=12, head_dim=6, sliding_window=5, num_kv_shared_layers=0,
+    laurel_rank=3, vocab_size_per_layer_input=40, hidden_size_per_layer_input=5,
+)  # fmt: skip
 OLMO = OLMOConfig(**SIZES | {"num_key_value_heads": 4}, pad_idx=1)
 SPEECH = Wav2Vec2EncoderConfig(
     model_dim=24, feature_dim=9, feature_extractor_layer_descs=[(7, 10, 5), (9, 3, 2)], pos_conv_kernel_size=4,
@@ -121,6 +126,15 @@ CASES: dict[str, tuple[str, Any]] = {
         replace(
             GEMMA, rope_factor=4.0, rope_theta=99.0, local_rope_theta=9.0, tied_embeddings=False,
             layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
+    ),
+    "gemma3n": ("gemma3n", GEMMA_3N),
+    "gemma3n-widths": (
+        "gemma3n",
+        replace(
+            GEMMA_3N, ffn_inner_dims=[8, 20, 20, 12], activation_sparsity_pattern=[0.5, 0.0, 0.25, 0.0],
+            layer_types=["full_attention", *["sliding_attention"] * 3], num_kv_shared_layers=2, rope_theta=9.0,
+            rope_theta_global=99.0, final_logit_soft_cap=2.0, tied_embeddings=False,
         ),
     ),
     "bert": (

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lading.families.gemma3n import Gemma3nAudioConfig, Gemma3nConfig, get_gemma3n_model_hub
 from lading.families.jepa import JepaConfig, get_jepa_model_hub
 from lading.families.jepa_classifier import JepaClassifierConfig, get_jepa_classifier_model_hub
 from lading.families.llama import LLaMAConfig, get_llama_model_hub
@@ -35,6 +36,7 @@ OMNILINGUAL: dict[str, dict[str, dict[str, Any]]] = json.loads(
 )
 
 CONFIGS: dict[str, type] = {
+    "gemma3n": Gemma3nConfig,
     "jepa": JepaConfig,
     "jepa_classifier": JepaClassifierConfig,
     "llama": LLaMAConfig,
@@ -49,9 +51,10 @@ CONFIGS: dict[str, type] = {
     "wav2vec2": Wav2Vec2Config,
     "wav2vec2_asr": Wav2Vec2AsrConfig,
 }
-OPTIONAL: dict[str, type] = {"yarn_scale_config": YaRNScaleConfig}
+OPTIONAL: dict[str, type] = {"audio_config": Gemma3nAudioConfig, "yarn_scale_config": YaRNScaleConfig}
 """Fields that hold no object by default, and the class of one."""
 HUBS: dict[str, Callable[[], ModelHub[Any, Any]]] = {
+    "gemma3n": get_gemma3n_model_hub,
     "jepa": get_jepa_model_hub,
     "jepa_classifier": get_jepa_classifier_model_hub,
     "llama": get_llama_model_hub,

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, Final, Generic, NoReturn, TypeVar
+from typing import Any, Final, Generic, NoReturn, TypeGuard, TypeVar
 
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families.nn.checks import MAX_LAYERS, MAX_SIZE
@@ -115,6 +115,12 @@ class ConfigReader:
 
         return value
 
+    def count_or_zero(self, key: str, default: int) -> int:
+        """Read an integer that is not negative."""
+        value = self._get(key, default)
+
+        return 0 if type(value) is int and value == 0 else self.count(key, default)
+
     def layers(self, key: str, default: int) -> int:
         """Read a number of layers, within the supported range."""
         if (value := self.count(key, default)) > MAX_LAYERS:
@@ -143,7 +149,7 @@ class ConfigReader:
     def number(self, key: str, default: float | None) -> float:
         """Read a finite number that is not negative; it is required if ``default`` is ``None``."""
         value = self._get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
+        if not _is_number(value):
             self.mismatch(key, "a finite number that is not negative")
 
         return float(value)
@@ -196,6 +202,16 @@ class ConfigReader:
             self.mismatch(key, "a positive integer, or two")
 
         return found[0], found[1]
+
+    def numbers(self, key: str) -> list[float] | None:
+        """Read a list of finite numbers that are not negative, or null."""
+        value = self._get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(map(_is_number, value)):
+            self.mismatch(key, "a list of finite numbers that are not negative")
+
+        return [float(v) for v in value]
 
     def strings(self, key: str) -> list[str] | None:
         """Read a list of strings, or null."""
@@ -261,6 +277,10 @@ class ConfigReader:
             f"config.json: {self._prefix}{key} is expected to be {expected}, but {what}. Compare the file with the one "
             "that the model's publisher offers.",
         )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 # --- both directions --------------------------------------------------------------------------------------------------

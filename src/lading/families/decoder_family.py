@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast, get_args
 
 from lading.families.config_json import (
@@ -113,7 +114,7 @@ def decoder_family(
         build=lambda config: family.model_kls(spec(config)),
         init=init,
         shapes=lambda config: spec(config).shapes(),
-        parallel_plan=lambda config: _parallel_plan(spec(config)),
+        parallel_plan=lambda config: decoder_plan(spec(config)),
         hf_model_types=frozenset(by_type),
         from_hf=from_hf,
         hf_stated=hf_stated,
@@ -124,7 +125,7 @@ def decoder_family(
     return replace(family, **others)
 
 
-def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
+def decoder_plan(spec: DecoderSpec) -> ParallelPlan:
     """Return the parallel plan of a decoder.
 
     Tensor parallelism (https://arxiv.org/abs/1909.08053) splits attention by heads, feed-forward networks by their
@@ -142,7 +143,9 @@ def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
     ffn: dict[str, Split] = {}
     if any(spec.experts_of(i) is None for i in range(spec.num_layers)):
         ffn |= _gated(spec.ffn_name)
-        divisible["ffn_inner_dim"] = spec.ffn_inner_dim
+        divisible["ffn_inner_dim"] = gcd(*{spec.ffn_inner_dim_of(i) for i in range(spec.num_layers)})
+    if spec.ffn_sparsity is not None:
+        ffn[f"{spec.ffn_name}.sparsity"] = Split.FEATURES
     if spec.experts is not None:
         ffn |= {
             f"{spec.ffn_name}.experts": Split.EXPERTS,
@@ -293,7 +296,7 @@ def read_rope(
 
 
 def read_rope_of_layers(
-    reader: ConfigReader, *, theta: float, window_theta: float, window_theta_key: str | None, scaling_type: str
+    reader: ConfigReader, *, theta: float, window_theta: float, window_theta_key: str | None, scaling_type: str | None
 ) -> tuple[float, ConfigReader | None, float]:
     """Return the base of the rotary frequencies, the keys of their scaling, and the base in layers with a window.
 
@@ -303,7 +306,7 @@ def read_rope_of_layers(
     :param theta: the default base of layers without a window.
     :param window_theta: the default base of layers with a window.
     :param window_theta_key: the key of the latter before transformers 5; ``None`` without such a key.
-    :param scaling_type: the type of scaling that the family supports.
+    :param scaling_type: the type of scaling that the family supports; ``None`` without one.
 
     :raises NotSupportedError: the scaling has another type, or applies to layers with a window or to a part of a head.
     """
@@ -352,14 +355,19 @@ def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> li
     return cast(list[LayerType], types)
 
 
-def default_layer_types(num_layers: int, *, every: int) -> list[LayerType]:
+def default_layer_types(num_layers: int, *, every: int, full_last: bool = False) -> list[LayerType]:
     """Return the types of layers with a window in all but the last of ``every``.
+
+    :param full_last: whether the last layer of all has none either.
 
     :raises ValueError: there are more layers than modules can be made of.
     """
     require_layers(num_layers)
+    types: list[LayerType] = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
+    if full_last:
+        types[-1] = "full_attention"
 
-    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
+    return types
 
 
 def full_attn_layers(types: Sequence[LayerType], num_layers: int) -> frozenset[int]:

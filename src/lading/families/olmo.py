@@ -106,11 +106,7 @@ def _layer_types(config: OLMOConfig) -> list[LayerType]:
     if config.layer_types is not None:
         return config.layer_types
 
-    types = default_layer_types(config.num_layers, every=4)
-    if types:
-        types[-1] = "full_attention"
-
-    return types
+    return default_layer_types(config.num_layers, every=4, full_last=True)
 
 
 def _require_head_dim(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:

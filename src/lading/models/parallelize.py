@@ -38,11 +38,12 @@ _LAYOUTS: Mapping[Split, tuple[Placement, Placement]] = {
     Split.VOCABULARY: (_REPLICATED, _REPLICATED),
     Split.LOGITS: (_REPLICATED, _REPLICATED),
     Split.HEADS: (Shard(2), Shard(2)),
+    Split.FEATURES: (Shard(-1), Shard(-1)),
     Split.REPLICATED: (_REPLICATED, _REPLICATED),
 }
 """The placements of the inputs and outputs of a module on the ranks."""
 
-_UNIT_SPLITS = (Split.LOGITS, Split.HEADS, Split.REPLICATED)
+_UNIT_SPLITS = (Split.VOCABULARY, Split.LOGITS, Split.HEADS, Split.REPLICATED)
 """The splits of modules that FSDP may gather separately; FSDP warns about each such module that returns a view."""
 
 
@@ -160,7 +161,8 @@ def _split(module: Module, plan: ParallelPlan, gangs: Gangs) -> None:
     tp = gangs.tp.size
     styles: dict[Split, SplitStyle] = {}
     experts: SplitExperts | None = None
-    for name, part in module.named_modules():
+    # Inner modules first: what remains of an outer one is its own parameters.
+    for name, part in reversed(list(module.named_modules())):
         split = plan.split_of(name)
         if split is Split.EXPERTS:
             experts = experts or SplitExperts(plan.num_experts, _mesh_of_experts(gangs))
@@ -228,5 +230,5 @@ def _placement(split: Split, leaf: str, plan: ParallelPlan, tp: int) -> Placemen
             return Shard(0) if tp <= plan.num_key_value_heads else _REPLICATED
         case Split.COLUMN | Split.VOCABULARY | Split.LOGITS | Split.EXPERTS:
             return Shard(0)
-        case Split.HEADS | Split.REPLICATED:
+        case Split.HEADS | Split.FEATURES | Split.REPLICATED:
             return _REPLICATED

@@ -43,6 +43,8 @@ class SplitStyle(ParallelStyle):
     def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
         for owner in module.modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
+                if isinstance(parameter, DTensor):  # of an inner module with a style of its own
+                    continue
                 placements = (self._placement(leaf),)
                 owner.register_parameter(leaf, self._parts.on_meta(parameter, device_mesh, placements))
 

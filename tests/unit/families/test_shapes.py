@@ -13,6 +13,7 @@ from lading.errors import ModelConfigError
 from lading.families.bert import BertConfig
 from lading.families.deepseek import DeepSeekConfig
 from lading.families.gemma3 import Gemma3Config
+from lading.families.gemma3n import Gemma3nConfig
 from lading.families.jepa import JepaConfig, JepaEncoderConfig
 from lading.families.jepa_classifier import JepaClassifierConfig
 from lading.families.llama import LLaMAConfig
@@ -64,6 +65,16 @@ STACKS: dict[str, Any] = {
     "ffn_inner_dim": 56,
 }
 VISION = JepaEncoderConfig(model_dim=48, num_encoder_layers=2, num_encoder_attn_heads=4)
+GEMMA_3N = Gemma3nConfig(
+    **SMALL | {"num_layers": 4},
+    num_key_value_heads=2,
+    head_dim=8,
+    altup_hidden_dim=40,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    num_kv_shared_layers=2,
+    vocab_size_per_layer_input=90,
+    hidden_size_per_layer_input=6,
+)
 ENCODER = Wav2Vec2EncoderConfig(
     model_dim=48, num_encoder_layers=2, num_encoder_attn_heads=4, ffn_inner_dim=56, num_pos_conv_groups=4
 )
@@ -87,6 +98,8 @@ ENCODER = Wav2Vec2EncoderConfig(
         ("deepseek", DeepSeekConfig(**SMALL, num_key_value_heads=4, query_rank=None, num_dense_layers=1)),
         ("qwen3_moe", Qwen3MoEConfig(**SMALL, num_experts=9, expert_inner_dim=20, dense_layers=[0])),
         ("qwen3_moe", Qwen3MoEConfig(**SMALL, num_experts=9, moe_layer_step=4)),
+        ("gemma3n", GEMMA_3N),
+        ("gemma3n", replace(GEMMA_3N, num_kv_shared_layers=0, altup_num_inputs=1, ffn_inner_dims=[8, 24, 16, 8])),
     ],
     ids=[
         "llama",
@@ -103,6 +116,8 @@ ENCODER = Wav2Vec2EncoderConfig(
         "deepseek",
         "qwen3-moe",
         "no-experts",
+        "gemma3n",
+        "gemma3n-widths",
     ],
 )
 def test_those_of_decoders(family: str, config: Any, tied: bool) -> None:
@@ -172,6 +187,8 @@ def test_those_of_encoders(family: str, config: Any) -> None:
         ("mixtral", MixtralConfig(top_k=0)),
         ("deepseek", DeepSeekConfig(num_key_value_heads=1)),
         ("deepseek", DeepSeekConfig(rotary_dim=63)),
+        ("gemma3n", replace(GEMMA_3N, altup_active_idx=4)),
+        ("gemma3n", replace(GEMMA_3N, num_kv_shared_layers=3)),
         ("bert", BertConfig(model_dim=10, num_attn_heads=3)),
         ("wav2vec2", Wav2Vec2Config(quantized_dim=5, num_codebooks=2)),
         ("wav2vec2", Wav2Vec2Config(final_dim=0)),

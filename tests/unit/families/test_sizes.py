@@ -29,6 +29,7 @@ MODEL_TYPES = [
     "olmo3",
     "gemma3_text",
     "deepseek_v3",
+    "gemma3n_text",
     "bert",
     "m2m_100",
     "speech_to_text",

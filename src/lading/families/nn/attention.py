@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lading.families.nn.cache import KeyValueCache
+from lading.families.nn.cache import KeyValueCache, SharedKeyValues
 from lading.families.nn.decoder_spec import AttentionTemperature, DecoderSpec
 from lading.families.nn.norm import RMSNorm, normalize
 from lading.families.nn.rope import rotate, rotate_adjacent
@@ -25,6 +25,21 @@ class AttentionMask:
     """Numbers to add to the scores, (N or 1, heads, S, K), with ``-inf`` at invisible keys, instead of ``visible``."""
     is_causal: bool = False
     """True if a query attends to the keys up to its own; only with as many keys as queries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionInputs:
+    """The inputs of the attention of a decoder layer besides the hidden states."""
+
+    rotary: tuple[Tensor, Tensor]
+    """Cosines and sines, each (N or 1, 1, S, rotary_dim / 2)."""
+    mask: AttentionMask
+    cache: KeyValueCache | None = None
+    """The keys and values of earlier calls."""
+    factors: Tensor | None = None
+    """The factors of queries in layers without rotary embeddings, (S, 1); ``None`` means 1."""
+    shared: SharedKeyValues = field(default_factory=SharedKeyValues)
+    """The keys and values of this call that several layers attend to."""
 
 
 def causal_mask(
@@ -168,47 +183,52 @@ class CausalSelfAttention(nn.Module):
         self.scale = spec.attn_scale
         self.rotate = None if layer in spec.unrotated_layers else rotate_adjacent if spec.adjacent_rotary else rotate
         self.rotated_eps = spec.norm_eps if spec.norm_rotated else None
+        self.values_eps = spec.norm_eps if spec.v_norm else None
+        self.source = spec.key_value_source_of(layer)
 
         queries, keys = spec.num_attn_heads * self.head_dim, spec.num_key_value_heads * self.head_dim
         self.q_proj = Linear(spec.model_dim, queries, bias=spec.qkv_proj_bias)
-        self.k_proj = Linear(spec.model_dim, keys, bias=spec.qkv_proj_bias)
-        self.v_proj = Linear(spec.model_dim, keys, bias=spec.qkv_proj_bias)
+        if self.source is None:
+            self.k_proj = Linear(spec.model_dim, keys, bias=spec.qkv_proj_bias)
+            self.v_proj = Linear(spec.model_dim, keys, bias=spec.qkv_proj_bias)
         self.o_proj = Linear(queries, spec.model_dim, bias=spec.output_proj_bias)
 
         self.q_norm = RMSNorm.of(spec, queries if spec.norm_whole else self.head_dim) if spec.q_norm else None
-        self.k_norm = RMSNorm.of(spec, keys if spec.norm_whole else self.head_dim) if spec.k_norm else None
+        if self.source is None:
+            self.k_norm = RMSNorm.of(spec, keys if spec.norm_whole else self.head_dim) if spec.k_norm else None
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: AttentionMask,
-        cache: KeyValueCache | None = None,
-        factors: Tensor | None = None,
-    ) -> Tensor:
-        """Apply attention to (N, S, model_dim) → the same shape.
+    def forward(self, x: Tensor, given: AttentionInputs) -> Tensor:
+        """Apply attention to (N, S, model_dim) → the same shape."""
+        q = self._rotated(self._normalized_heads(self.q_proj(x), self.q_norm), given.rotary)
+        if self.rotate is None and given.factors is not None:
+            q = (q * given.factors).to(q.dtype)
+        k, v = self._keys_and_values(x, given) if self.source is None else given.shared.of(self.source)
 
-        :param rotary: cosines and sines, each (N or 1, 1, S, head_dim / 2).
-        :param factors: the factors of queries in layers without rotary embeddings, (S, 1); ``None`` means 1.
-        """
-        q = self._normalized_heads(self.q_proj(x), self.q_norm)
-        k = self._normalized_heads(self.k_proj(x), self.k_norm)
-        v = split_heads(self.v_proj(x), self.head_dim)
-
-        if self.rotate is not None:
-            # With angles in float32, the rotation is in float32 as well.
-            q, k = self.rotate(q, *rotary).to(q.dtype), self.rotate(k, *rotary).to(k.dtype)
-            if self.rotated_eps is not None:
-                q, k = normalize(q, self.rotated_eps).to(q.dtype), normalize(k, self.rotated_eps).to(k.dtype)
-        elif factors is not None:
-            q = (q * factors).to(q.dtype)
-
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v, window=self.window)
-
-        y: Tensor = self.o_proj(attend(q, k, v, mask, scale=self.scale))
+        y: Tensor = self.o_proj(attend(q, k, v, given.mask, scale=self.scale))
 
         return y
+
+    def _keys_and_values(self, x: Tensor, given: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the tokens that these may attend to, two (N, heads, K, head_dim)."""
+        k = self._normalized_heads(self.k_proj(x), self.k_norm)
+        v = split_heads(self.v_proj(x), self.head_dim)
+        if self.values_eps is not None:
+            v = normalize(v, self.values_eps).to(v.dtype)
+
+        k = self._rotated(k, given.rotary)
+        if given.cache is not None:
+            k, v = given.cache.append(self.layer, k, v, window=self.window)
+        given.shared.offer(self.layer, k, v)
+
+        return k, v
+
+    def _rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        if self.rotate is None:
+            return x
+        # With angles in float32, the rotation is in float32 as well.
+        y = self.rotate(x, *rotary).to(x.dtype)
+
+        return y if self.rotated_eps is None else normalize(y, self.rotated_eps).to(x.dtype)
 
     def _normalized_heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """Normalize and split (N, S, heads * head_dim) → (N, heads, S, head_dim)."""

@@ -1,7 +1,8 @@
-"""The key/value cache of incremental decoding."""
+"""The key/value cache of incremental decoding, and the keys and values that layers share."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -88,3 +89,26 @@ class KeyValueCache:
         state.write(keys[:, :, tail], values[:, :, tail])
 
         return result
+
+
+class SharedKeyValues:
+    """The keys and values that several layers attend to in one call of a decoder, with their gradients.
+
+    It is not a ``dict``, which torch copies on its way into a sharded module, so that what the module adds to it is
+    lost.
+
+    :param layers: the indices of the layers whose keys and values others attend to.
+    """
+
+    def __init__(self, layers: Collection[int] = ()) -> None:
+        self._layers = layers
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def offer(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keep what ``layer`` attends to, if other layers do so too."""
+        if layer in self._layers:
+            self._held[layer] = keys, values
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that ``layer`` has offered."""
+        return self._held[layer]

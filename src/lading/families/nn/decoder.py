@@ -5,18 +5,22 @@ The names of its parameters are those of Hugging Face checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from lading.families.nn.attention import AttentionMask, CausalSelfAttention, causal_mask, query_factors
-from lading.families.nn.cache import KeyValueCache
+from lading.families.nn.attention import AttentionInputs, CausalSelfAttention, causal_mask, query_factors
+from lading.families.nn.cache import KeyValueCache, SharedKeyValues
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.experts import MixtureOfExperts
 from lading.families.nn.ffn import GatedFeedForward
 from lading.families.nn.latent_attention import LatentSelfAttention
 from lading.families.nn.norm import RMSNorm
 from lading.families.nn.rope import RotaryEmbedding
+from lading.families.nn.rounding import scaled
 from lading.families.nn.uninitialized import Embedding
 
 
@@ -32,7 +36,9 @@ class DecoderLayer(nn.Module):
         self.self_attn = attention(spec, layer)
         experts = spec.experts_of(layer)
         self.ffn_name = spec.ffn_name
-        self.add_module(spec.ffn_name, GatedFeedForward(spec) if experts is None else MixtureOfExperts(experts, spec))
+        self.add_module(
+            spec.ffn_name, GatedFeedForward.of(spec, layer) if experts is None else MixtureOfExperts(experts, spec)
+        )
 
         # In Hugging Face's names, `post_attention_layernorm` is the first norm after attention: it normalizes the
         # output of attention, or else the input of the feed-forward network.
@@ -45,23 +51,16 @@ class DecoderLayer(nn.Module):
         if spec.norms != "before":
             self.post_feedforward_layernorm = RMSNorm.of(spec, spec.model_dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: AttentionMask,
-        cache: KeyValueCache | None = None,
-        factors: Tensor | None = None,
-    ) -> Tensor:
-        """Apply the layer to (N, S, model_dim) → the same shape.
-
-        The other parameters are those of :class:`~lading.families.nn.attention.CausalSelfAttention`.
-        """
-        y = self.self_attn(x if self.norms == "after" else self.input_layernorm(x), rotary, mask, cache, factors)
+    def forward(self, x: Tensor, given: AttentionInputs) -> Tensor:
+        """Apply the layer to (N, S, model_dim) → the same shape."""
+        y = self.self_attn(x if self.norms == "after" else self.input_layernorm(x), given)
         if self.norms != "before":
             y = self.post_attention_layernorm(y)
-        x = x + dropout(y, self.dropout_p, self.training)
 
+        return self.apply_feed_forward(x + dropout(y, self.dropout_p, self.training))
+
+    def apply_feed_forward(self, x: Tensor) -> Tensor:
+        """Apply the second half of the layer to (N, S, model_dim) → the same shape."""
         ffn = getattr(self, self.ffn_name)
         if self.norms == "before":
             y = ffn(self.post_attention_layernorm(x))
@@ -75,6 +74,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and the final normalization: token ids to hidden states."""
 
+    layer_kls: ClassVar[type[DecoderLayer]] = DecoderLayer
+
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
 
@@ -84,7 +85,7 @@ class Decoder(nn.Module):
 
         # A pipeline stage has some of these modules and layers; the others are ``None``.
         self.embed_tokens: Embedding | None = Embedding(spec.vocab_size, spec.model_dim, padding_idx=spec.pad_idx)
-        self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.num_layers))
+        self.layers = nn.ModuleList(self.layer_kls(spec, layer) for layer in range(spec.num_layers))
         self.norm: RMSNorm | None = RMSNorm.of(spec, spec.model_dim)
         self.rotary_emb = RotaryEmbedding(spec.rotary_dim, theta=spec.rope_theta, scaling=spec.rope_scaling)
         self.window_rotary_emb: RotaryEmbedding | None = None
@@ -94,6 +95,7 @@ class Decoder(nn.Module):
         self.windows = tuple(spec.window_of(layer) for layer in range(spec.num_layers))
         self.chunked = spec.chunked_attn
         self.temperature = spec.attn_temperature
+        self.key_value_sources = spec.key_value_sources()
 
     def forward(
         self,
@@ -114,8 +116,7 @@ class Decoder(nn.Module):
         if self.embed_tokens is not None:
             x = self.embed_tokens(input_ids)
             if self.embed_scale != 1.0:
-                # Rounded to the dtype, as in the training of half-precision checkpoints.
-                x = x * torch.tensor(self.embed_scale, dtype=x.dtype, device="cpu").item()
+                x = scaled(x, self.embed_scale)
             x = dropout(x, self.dropout_p, self.training)
 
         if position_ids is None:
@@ -136,9 +137,29 @@ class Decoder(nn.Module):
         if self.temperature is not None:
             factors = query_factors(self.temperature, new, past=past, device=x.device)
 
-        for layer, window in layers:
-            x = layer(x, rotary if window is None else window_rotary, masks[window], cache, factors)
+        shared = SharedKeyValues(self.key_value_sources)
+        given = {
+            window: AttentionInputs(
+                rotary=rotary if window is None else window_rotary,
+                mask=mask,
+                cache=cache,
+                factors=factors,
+                shared=shared,
+            )
+            for window, mask in masks.items()
+        }
+        x = self.apply_layers(x, input_ids, [(layer, given[window]) for layer, window in layers])
 
         y: Tensor = x if self.norm is None else self.norm(x)
 
         return y
+
+    def apply_layers(self, x: Tensor, input_ids: Tensor, layers: Sequence[tuple[nn.Module, AttentionInputs]]) -> Tensor:
+        """Apply the layers, each with the inputs of its attention, to (N, S, model_dim) → the same shape.
+
+        :param input_ids: as :meth:`forward` takes them.
+        """
+        for layer, given in layers:
+            x = layer(x, given)
+
+        return x

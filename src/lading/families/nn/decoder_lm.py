@@ -6,7 +6,7 @@ The names of its parameters are those of Hugging Face checkpoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,14 @@ class DecoderLM(LanguageModel):
     normalization and the output projection on all but the last.
     """
 
+    decoder_kls: ClassVar[type[Decoder]] = Decoder
+
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
 
         self.spec = spec
 
-        self.model = Decoder(spec)
+        self.model = self.decoder_kls(spec)
         self._add_head(spec.model_dim, spec.vocab_size, tied=spec.tied_embeddings)
 
     def embedding(self) -> Embedding | None:
@@ -85,6 +87,8 @@ class DecoderLM(LanguageModel):
         if self.lm_head is None:
             return x
         logits: Tensor = self.lm_head(x[:, -1:] if last_only else x)
+        if (cap := self.spec.final_logit_soft_cap) is not None:
+            logits = torch.tanh(logits / cap) * cap
 
         return logits
 
@@ -158,7 +162,7 @@ def init_decoder(
 ) -> None:
     """Initialize ``parameter`` randomly: weights from normal distributions truncated at three standard deviations.
 
-    Biases and the embedding of padding become zero, norms one.
+    Biases, other vectors and the embedding of padding become zero, norms one.
 
     :param name: the name of the parameter in ``model``, whose own tensor is not used.
     :param std: the standard deviation; ``None`` means ``input_dim ** -0.5`` of each projection.
@@ -173,6 +177,9 @@ def init_decoder(
         return
     if isinstance(module, RMSNorm):
         parameter.fill_(1.0 - module.offset)
+        return
+    if parameter.dim() == 1:
+        parameter.zero_()
         return
 
     is_transposed = isinstance(module, Experts) and module.transposed

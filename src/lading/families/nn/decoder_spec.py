@@ -68,6 +68,8 @@ class DecoderSpec:
     q_norm: bool = False
     """True if queries are normalized per head, before the rotary embedding."""
     k_norm: bool = False
+    v_norm: bool = False
+    """True if values are normalized per head, without a weight."""
     attn_window_len: int | None = None
     """The number of tokens, itself included, that a token attends to."""
     num_full_attn_layers: int = 0
@@ -106,6 +108,15 @@ class DecoderSpec:
     ffn_activation: Activation = "silu"
     experts: ExpertsSpec | None = None
     """The experts, in place of the feed-forward network of some or all layers."""
+    ffn_inner_dims: tuple[int, ...] | None = None
+    """The inner width of the feed-forward network of each layer; ``None`` if all have ``ffn_inner_dim``."""
+    ffn_sparsity: tuple[float, ...] | None = None
+    """The share of the gates that are closed in each layer, by their distribution; ``None`` if none are."""
+    num_kv_shared_layers: int = 0
+    """The number of layers, from the last, that attend to the keys and values of the last layer before these with the
+    same window."""
+    final_logit_soft_cap: float | None = None
+    """The bound of the logits, which they approach as a hyperbolic tangent does."""
     embed_scale: float = 1.0
     """The factor of embeddings, applied in their dtype."""
     dropout_p: float = 0.0
@@ -126,7 +137,7 @@ class DecoderSpec:
             "rope_theta",
             "embed_scale",
         )
-        optional = ("window_rope_theta", "attn_window_len", "attn_scale")
+        optional = ("window_rope_theta", "attn_window_len", "attn_scale", "final_logit_soft_cap")
         require_positive(self, *(name for name in optional if getattr(self, name) is not None))
         require_multiple(self, "num_attn_heads", "num_key_value_heads")
         require_size("the width of all attention heads together", self.num_attn_heads * self.attn_head_dim)
@@ -144,6 +155,33 @@ class DecoderSpec:
             if strange:
                 raise ValueError(
                     f"the layers with experts must be among the {self.num_layers} layers, but {strange[0]} is not"
+                )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        for name in ("ffn_inner_dims", "ffn_sparsity"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.num_layers:
+                raise ValueError(
+                    f"`{name}` must have one for each of the {self.num_layers} layers, but has {len(given)}"
+                )
+        for width in self.ffn_inner_dims or ():
+            if not width > 0:
+                raise ValueError(f"`ffn_inner_dims` must be positive, but one is {width}")
+            require_size("each of `ffn_inner_dims`", width)
+        if wrong := [share for share in self.ffn_sparsity or () if not 0 <= share < 1]:
+            raise ValueError(f"`ffn_sparsity` must be in [0, 1), but one is {wrong[0]}")
+        if not 0 <= self.num_kv_shared_layers < self.num_layers:
+            raise ValueError(
+                f"`num_kv_shared_layers` must be from 0 to {self.num_layers - 1}, one less than there are layers, but "
+                f"is {self.num_kv_shared_layers}"
+            )
+        sources = self._sources_by_window()
+        for layer in range(self.num_layers - self.num_kv_shared_layers, self.num_layers):
+            if self.window_of(layer) not in sources:
+                raise ValueError(
+                    f"each of the last `num_kv_shared_layers`, {self.num_kv_shared_layers}, attends to the keys and "
+                    f"values of a layer before these with the same window, but layer {layer} has none"
                 )
 
     @classmethod
@@ -198,27 +236,54 @@ class DecoderSpec:
 
         return None
 
+    def ffn_inner_dim_of(self, layer: int) -> int:
+        """Return the inner width of the feed-forward network of layer ``layer``."""
+        return self.ffn_inner_dim if self.ffn_inner_dims is None else self.ffn_inner_dims[layer]
+
+    def ffn_sparsity_of(self, layer: int) -> float:
+        """Return the share of the gates that are closed in layer ``layer``."""
+        return 0.0 if self.ffn_sparsity is None else self.ffn_sparsity[layer]
+
+    def key_value_source_of(self, layer: int) -> int | None:
+        """Return the layer whose keys and values layer ``layer`` attends to, or ``None`` if it has its own."""
+        if layer < self.num_layers - self.num_kv_shared_layers:
+            return None
+
+        return self._sources_by_window()[self.window_of(layer)]
+
+    def key_value_sources(self) -> frozenset[int]:
+        """Return the layers whose keys and values others attend to, too."""
+        sources = self._sources_by_window()
+        shared = range(self.num_layers - self.num_kv_shared_layers, self.num_layers)
+
+        return frozenset(sources[self.window_of(layer)] for layer in shared)
+
+    def _sources_by_window(self) -> dict[int | None, int]:
+        """Return the last layer of each window among those that have keys and values of their own."""
+        return {self.window_of(layer): layer for layer in range(self.num_layers - self.num_kv_shared_layers)}
+
     def shapes(self) -> Shapes:
         """Return the names and shapes of the parameters of a :class:`~lading.families.nn.decoder_lm.DecoderLM`."""
-        dim, table = self.model_dim, (self.vocab_size, self.model_dim)
-        kinds = {experts: self._layer_shapes(experts) for experts in (None, self.experts)}
-        found: Shapes = {"model.embed_tokens.weight": table}
+        table = (self.vocab_size, self.model_dim)
+        head = "model.embed_tokens.weight" if self.tied_embeddings else table
+
+        return under("model", self._decoder_shapes()) | {"lm_head.weight": head}
+
+    def _decoder_shapes(self) -> Shapes:
+        found: Shapes = {"embed_tokens.weight": (self.vocab_size, self.model_dim)}
         for i in range(self.num_layers):
-            found |= under(f"model.layers.{i}", kinds[self.experts_of(i)])
+            found |= under(f"layers.{i}", self._layer_shapes(i))
 
-        return found | {
-            "model.norm.weight": (dim,),
-            "lm_head.weight": "model.embed_tokens.weight" if self.tied_embeddings else table,
-        }
+        return found | {"norm.weight": (self.model_dim,)}
 
-    def _layer_shapes(self, experts: ExpertsSpec | None) -> Shapes:
-        dim = self.model_dim
+    def _layer_shapes(self, layer: int) -> Shapes:
+        dim, experts = self.model_dim, self.experts_of(layer)
         if self.latent is None:
-            found = under("self_attn", self._attention_shapes())
+            found = under("self_attn", self._attention_shapes(has_keys=self.key_value_source_of(layer) is None))
         else:
             found = under("self_attn", self.latent.shapes(dim, self.num_attn_heads))
         if experts is None:
-            found |= under(self.ffn_name, gated_shapes(dim, self.ffn_inner_dim, bias=self.ffn_bias))
+            found |= under(self.ffn_name, gated_shapes(dim, self.ffn_inner_dim_of(layer), bias=self.ffn_bias))
         else:
             found |= under(self.ffn_name, experts.shapes(dim))
 
@@ -230,18 +295,17 @@ class DecoderSpec:
 
         return found | {f"{name}_layernorm.weight": (dim,) for name in norms[self.norms]}
 
-    def _attention_shapes(self) -> Shapes:
+    def _attention_shapes(self, *, has_keys: bool) -> Shapes:
         dim, head = self.model_dim, self.attn_head_dim
         queries, keys = self.num_attn_heads * head, self.num_key_value_heads * head
-        found = {
-            **projection("q_proj", dim, queries, bias=self.qkv_proj_bias),
-            **projection("k_proj", dim, keys, bias=self.qkv_proj_bias),
-            **projection("v_proj", dim, keys, bias=self.qkv_proj_bias),
-            **projection("o_proj", queries, dim, bias=self.output_proj_bias),
-        }
+        found = projection("q_proj", dim, queries, bias=self.qkv_proj_bias)
+        if has_keys:
+            found |= projection("k_proj", dim, keys, bias=self.qkv_proj_bias)
+            found |= projection("v_proj", dim, keys, bias=self.qkv_proj_bias)
+        found |= projection("o_proj", queries, dim, bias=self.output_proj_bias)
         if self.q_norm:
             found["q_norm.weight"] = (queries if self.norm_whole else head,)
-        if self.k_norm:
+        if self.k_norm and has_keys:
             found["k_norm.weight"] = (keys if self.norm_whole else head,)
 
         return found

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lading.errors import InternalError
-from lading.families.nn.attention import AttentionMask, attend, split_heads
-from lading.families.nn.cache import KeyValueCache
+from lading.families.nn.attention import AttentionInputs, attend, split_heads
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.norm import RMSNorm
 from lading.families.nn.rope import rotate, rotate_adjacent
@@ -53,35 +52,24 @@ class LatentSelfAttention(nn.Module):
         self.shared_key = nn.Identity()
         self.o_proj = Linear(heads * latent.value_dim, dim, bias=latent.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: AttentionMask,
-        cache: KeyValueCache | None = None,
-        factors: Tensor | None = None,
-    ) -> Tensor:
-        """Apply attention to (N, S, model_dim) → the same shape.
-
-        :param rotary: cosines and sines, each (N or 1, 1, S, rotary_dim / 2).
-        :param factors: not used: all layers have rotary embeddings.
-        """
+    def forward(self, x: Tensor, given: AttentionInputs) -> Tensor:
+        """Apply attention to (N, S, model_dim) → the same shape."""
         of = self.latent
         queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_proj is None else self.q_proj(x)
         q, q_rotated = torch.split(split_heads(queries, of.query_dim), [of.head_dim, of.rotary_dim], -1)
         vector, key = torch.split(self.kv_a_proj_with_mqa(x), [of.key_value_rank, of.rotary_dim], -1)
         vector = self.kv_a_layernorm(vector)[:, None]
         # With angles in float32, the rotation is in float32 as well.
-        key = self.rotate(self.shared_key(key)[:, None], *rotary).to(key.dtype)
-        q = torch.cat((q, self.rotate(q_rotated, *rotary).to(q.dtype)), -1)
+        key = self.rotate(self.shared_key(key)[:, None], *given.rotary).to(key.dtype)
+        q = torch.cat((q, self.rotate(q_rotated, *given.rotary).to(q.dtype)), -1)
 
-        if cache is not None:
-            vector, key = cache.append(self.layer, vector, key)
+        if given.cache is not None:
+            vector, key = given.cache.append(self.layer, vector, key)
 
         expanded = split_heads(self.kv_b_proj(vector[:, 0]), of.head_dim + of.value_dim)
         k, v = torch.split(expanded, [of.head_dim, of.value_dim], -1)
         k = torch.cat((k, key.expand(-1, k.size(1), -1, -1)), -1)
 
-        y: Tensor = self.o_proj(attend(q, k, v, mask, scale=self.scale))
+        y: Tensor = self.o_proj(attend(q, k, v, given.mask, scale=self.scale))
 
         return y
