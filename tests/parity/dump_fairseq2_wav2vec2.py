@@ -47,6 +47,7 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "asr-post-without-norm": (Wav2Vec2AsrConfig, {"layer_norm_features": False}),
     "asr-as-wide-as-its-frames": (Wav2Vec2AsrConfig, {"model_dim": 6, "num_pos_conv_groups": 3}),
     "asr-fbank": (Wav2Vec2AsrConfig, FBANK),
+    "asr-stacked": (Wav2Vec2AsrConfig, {"pos_encoder_depth": 2, "pos_conv_kernel_size": 7}),
     "asr-relative": (Wav2Vec2AsrConfig, LV60K | {"pos_encoder_type": "relative"}),
     "asr-rotary": (Wav2Vec2AsrConfig, {"pos_encoder_type": "rotary"}),
     "asr-conformer": (Wav2Vec2AsrConfig, CONFORMER),

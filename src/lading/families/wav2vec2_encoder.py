@@ -65,10 +65,11 @@ class Wav2Vec2EncoderConfig:
     (https://arxiv.org/abs/2104.09864)."""
 
     pos_encoder_depth: int = 1
-    """The number of convolutions for positions, which must be 1 if there are any."""
+    """The number of convolutions for positions. A single one has a normalized weight; of several, each normalizes its
+    output, as in data2vec (https://arxiv.org/abs/2202.03555)."""
 
     pos_conv_kernel_size: int = 128
-    """The kernel size of that convolution, in frames."""
+    """The kernel size of that convolution, in frames; several share it."""
 
     num_pos_conv_groups: int = 16
     """The number of groups of that convolution."""
@@ -118,15 +119,9 @@ def encoder_spec(config: Wav2Vec2EncoderConfig, *, masked: bool) -> SpeechSpec:
 
     :param masked: whether the model has an embedding for masked frames.
 
-    :raises NotSupportedError: the configuration has several convolutions for positions, or sampled filter banks.
+    :raises NotSupportedError: the configuration has sampled filter banks.
     :raises ValueError: the sizes are not valid.
     """
-    convolves = config.pos_encoder_type == "conv"
-    if convolves and config.pos_encoder_depth != 1:
-        raise NotSupportedError(
-            "The wav2vec 2.0 families support only a `pos_encoder_depth` of 1, but the configuration has "
-            f"{config.pos_encoder_depth!r}."
-        )
     if config.use_fbank and config.sample_fbank_every_k > 1:
         raise NotSupportedError(
             "The wav2vec 2.0 families use all filter banks, but the configuration's `sample_fbank_every_k` is "
@@ -140,7 +135,7 @@ def encoder_spec(config: Wav2Vec2EncoderConfig, *, masked: bool) -> SpeechSpec:
 
     project = config.feature_projection
     own = {
-        "max_seq_len": None if convolves else config.max_seq_len,
+        "max_seq_len": None if config.pos_encoder_type == "conv" else config.max_seq_len,
         "depthwise_conv_kernel_size": config.depthwise_conv_kernel_size if config.use_conformer else None,
     }
     return SpeechSpec(
@@ -188,6 +183,7 @@ _FAIRSEQ = {
     "encoder.pos_conv.0.weight_g": f"{_POS_CONV}.parametrizations.weight.original0",
     "encoder.pos_conv.0.weight_v": f"{_POS_CONV}.parametrizations.weight.original1",
     "encoder.pos_conv.0.bias": f"{_POS_CONV}.bias",
+    "encoder.pos_conv.{n}.0.{p*}": "encoder.pos_conv_embed.layers.{n}.conv.{p}",
     "encoder.layer_norm.{p*}": "encoder.layer_norm.{p}",
 }
 """The names outside layers in fairseq's checkpoints → those in lading, relative to the encoder."""
@@ -203,6 +199,7 @@ _FAIRSEQ2 = {
     f"{_FRONTEND}.pos_encoder.conv.weight_g": f"{_POS_CONV}.parametrizations.weight.original0",
     f"{_FRONTEND}.pos_encoder.conv.weight_v": f"{_POS_CONV}.parametrizations.weight.original1",
     f"{_FRONTEND}.pos_encoder.conv.bias": f"{_POS_CONV}.bias",
+    f"{_FRONTEND}.pos_encoder.layers.{{n}}.conv.{{p*}}": "encoder.pos_conv_embed.layers.{n}.conv.{p}",
 }
 """The names outside layers in fairseq2's checkpoints → those in lading."""
 

@@ -141,6 +141,10 @@ def test_gradients_reach_everything_in_training(home: Path) -> None:
         (replace(CONFIG, num_target_codebooks=3), "at most the `num_codebooks` of 2"),
         (with_encoder(layer_drop_p=0.1), "layer_drop_p"),
         (with_encoder(norm_order="PRE"), "norm_order"),
+        (
+            with_encoder(pos_encoder_type="conv", pos_encoder_depth=0, pos_conv_kernel_size=3, num_pos_conv_groups=1),
+            "pos_encoder_depth",
+        ),
         (with_encoder(depthwise_conv_kernel_size=0), "depthwise_conv_kernel_size"),
         (with_encoder(max_seq_len=0), "max_seq_len"),
         (with_encoder(model_dim=9), "even `model_dim`"),
@@ -157,9 +161,11 @@ def test_nonsense(config: W2VBertConfig, message: str) -> None:
 # --- layers and positions
 
 
+@pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize(("conformer", "positions"), KINDS)
-def test_shapes(conformer: bool, positions: str) -> None:
+def test_shapes(conformer: bool, positions: str, depth: int) -> None:
     family, config = wav2vec2_asr.FAMILY, asr(conformer, positions)
+    config.encoder_config.pos_encoder_depth = depth
 
     assert targets_of_config(family, config) == targets_of(build_on_meta(family, config), dtype=None)
 
@@ -228,12 +234,31 @@ def test_rotations_of_fairseq_are_not_taken_for_those_of_fairseq2() -> None:
     assert rename(names, wav2vec2_asr.FAMILY.rules(config)) == names
 
 
-def test_a_conformer_has_no_config_json() -> None:
-    assert FAMILY.to_hf is None
+def test_stacked_convolutions_of_fairseq() -> None:
+    config = asr(False, "conv")
+    names = ["encoder.pos_conv.1.0.weight", "w2v_encoder.w2v_model.encoder.pos_conv.1.0.bias"]
+
+    layer = "wav2vec2.encoder.pos_conv_embed.layers.1.conv"
+    assert rename(names, wav2vec2_asr.FAMILY.rules(config)) == [f"{layer}.weight", f"{layer}.bias"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_conformer": True, "depthwise_conv_kernel_size": 5},
+        {"pos_encoder_type": "relative"},
+        {"pos_encoder_type": "rotary"},
+        {"pos_encoder_depth": 2},
+    ],
+)
+def test_what_config_json_cannot_describe(changes: dict[str, Any]) -> None:
+    encoder = Wav2Vec2EncoderConfig(max_seq_len=100, depthwise_conv_kernel_size=3)
+    to_hf = wav2vec2_asr.FAMILY.to_hf
+    assert to_hf is not None
+    assert to_hf(Wav2Vec2AsrConfig(encoder_config=encoder))["model_type"] == "wav2vec2"
+
     with pytest.raises(NotSupportedError):
-        wav2vec2_asr.FAMILY.to_hf(asr(True, "relative"))
-    with pytest.raises(NotSupportedError):
-        wav2vec2_asr.FAMILY.to_hf(replace(asr(False, "rotary")))
+        to_hf(Wav2Vec2AsrConfig(encoder_config=replace(encoder, **changes)))
 
 
 def test_checks_and_loads(tmp_path: Path, home: Path) -> None:

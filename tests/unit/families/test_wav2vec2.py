@@ -317,7 +317,6 @@ def test_random_weights(encoder: Wav2Vec2EncoderConfig) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pos_encoder_depth": 5}, "pos_encoder_depth.*5"),
         ({"use_fbank": True, "num_fbank_channels": 4, "fbank_stride": 2, "sample_fbank_every_k": 2}, "every_k"),
     ],
 )

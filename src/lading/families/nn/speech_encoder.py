@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv1d, dropout, gelu
+from torch.nn.functional import conv1d, dropout, gelu, layer_norm
 
 from lading.families.nn.attention import bidirectional_mask
 from lading.families.nn.conformer import ConformerLayer
@@ -15,7 +15,7 @@ from lading.families.nn.relative_positions import embed_distances
 from lading.families.nn.rope import RotaryEmbedding
 from lading.families.nn.speech_layers import Positions, SpeechEncoderLayer
 from lading.families.nn.speech_spec import SpeechSpec
-from lading.families.nn.uninitialized import LayerNorm
+from lading.families.nn.uninitialized import Conv1d, LayerNorm
 
 
 class WeightNorm(nn.Module):
@@ -76,6 +76,39 @@ class PositionalConvolution(nn.Module):
         return gelu(self.conv(x.transpose(1, 2))).transpose(1, 2)
 
 
+class _PositionalLayer(nn.Module):
+    """A convolution, a normalization without parameters, and the activation."""
+
+    def __init__(self, model_dim: int, *, kernel_size: int, num_groups: int) -> None:
+        super().__init__()
+
+        self.conv = Conv1d(model_dim, model_dim, kernel_size, padding="same", groups=num_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, T, model_dim) → the same shape."""
+        y = self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+        return gelu(layer_norm(y, (y.size(2),)))
+
+
+class StackedPositionalConvolution(nn.Module):
+    """Relative positions, computed by several convolutions over fewer frames each."""
+
+    def __init__(self, model_dim: int, *, kernel_size: int, num_groups: int, depth: int) -> None:
+        super().__init__()
+
+        self.layers = nn.ModuleList(
+            _PositionalLayer(model_dim, kernel_size=kernel_size, num_groups=num_groups) for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the positions to add to (N, T, model_dim), of the same shape."""
+        for layer in self.layers:
+            x = layer(x)
+
+        return x
+
+
 class SpeechEncoder(nn.Module):
     """The positions and the stack of layers."""
 
@@ -87,11 +120,17 @@ class SpeechEncoder(nn.Module):
         self.layer_drop_p = spec.layer_drop_p
         self.relative = spec.pos_encoder_type == "relative"
 
-        self.pos_conv_embed: PositionalConvolution | None = None
+        self.pos_conv_embed: PositionalConvolution | StackedPositionalConvolution | None = None
         if spec.pos_encoder_type == "conv":
-            self.pos_conv_embed = PositionalConvolution(
-                spec.model_dim, kernel_size=spec.pos_conv_kernel_size, num_groups=spec.num_pos_conv_groups
-            )
+            kernel_size, num_groups = spec.pos_conv_layer_kernel_size, spec.num_pos_conv_groups
+            if spec.pos_encoder_depth == 1:
+                self.pos_conv_embed = PositionalConvolution(
+                    spec.model_dim, kernel_size=kernel_size, num_groups=num_groups
+                )
+            else:
+                self.pos_conv_embed = StackedPositionalConvolution(
+                    spec.model_dim, kernel_size=kernel_size, num_groups=num_groups, depth=spec.pos_encoder_depth
+                )
         rotary = spec.pos_encoder_type == "rotary"
         self.rotary = RotaryEmbedding(spec.head_dim, theta=10_000.0) if rotary else None
         # The one normalization outside layers comes first or last. No published model has both, hence the name.

@@ -118,7 +118,10 @@ class SpeechSpec(LayerSpec):
     project_features: bool
     max_seq_len: int | None = None
     """The largest number of frames, if positions have a limit."""
+    pos_encoder_depth: int = 1
+    """The number of convolutions for positions."""
     pos_conv_kernel_size: int
+    """The kernel size of all of these together."""
     num_pos_conv_groups: int
     num_layers: int
     layer_norm_features: bool
@@ -137,7 +140,8 @@ class SpeechSpec(LayerSpec):
         if self.max_seq_len is not None:
             require_positive(self, "max_seq_len")
         if self.pos_encoder_type == "conv":
-            require_positive(self, "pos_conv_kernel_size", "num_pos_conv_groups")
+            require_positive(self, "pos_conv_kernel_size", "num_pos_conv_groups", "pos_encoder_depth")
+            require_layers(self.pos_encoder_depth)
             require_multiple(self, "model_dim", "num_pos_conv_groups")
             require_size("`model_dim` times `pos_conv_kernel_size`", self.model_dim * self.pos_conv_kernel_size)
         require_dropout(self, "first_pass_dropout_p", "layer_drop_p")
@@ -179,13 +183,7 @@ class SpeechSpec(LayerSpec):
             found |= projection("feature_projection.projection", self.feature_dim, dim)
 
         if self.pos_encoder_type == "conv":
-            kernel = self.pos_conv_kernel_size
-            weight = "encoder.pos_conv_embed.conv.parametrizations.weight"
-            found |= {
-                "encoder.pos_conv_embed.conv.bias": (dim,),
-                f"{weight}.original0": (1, 1, kernel),
-                f"{weight}.original1": (dim, dim // self.num_pos_conv_groups, kernel),
-            }
+            found |= under("encoder.pos_conv_embed", self._position_shapes())
         if self.norm_first and self.layer_norm_features:
             found |= norm("encoder.input_layer_norm", dim)
         if self.norm_first or self.layer_norm_features:
@@ -193,6 +191,26 @@ class SpeechSpec(LayerSpec):
         layer = self.layer_shapes()
         for i in range(self.num_layers):
             found |= under(f"encoder.layers.{i}", layer)
+
+        return found
+
+    @property
+    def pos_conv_layer_kernel_size(self) -> int:
+        """The kernel size of each convolution for positions."""
+        depth = self.pos_encoder_depth
+
+        return self.pos_conv_kernel_size if depth == 1 else max(3, self.pos_conv_kernel_size // depth)
+
+    def _position_shapes(self) -> Shapes:
+        kernel, dim = self.pos_conv_layer_kernel_size, self.model_dim
+        shape = (dim, dim // self.num_pos_conv_groups, kernel)
+        if self.pos_encoder_depth == 1:
+            weight = "conv.parametrizations.weight"
+            return {"conv.bias": (dim,), f"{weight}.original0": (1, 1, kernel), f"{weight}.original1": shape}
+
+        found: Shapes = {}
+        for i in range(self.pos_encoder_depth):
+            found |= weight_and_bias(f"layers.{i}.conv", shape)
 
         return found
 
