@@ -1,4 +1,4 @@
-"""Encoders with a decoder against fairseq2, of which ``dump_fairseq2_encoder_decoders.py`` wrote tiny random models."""
+"""Encoders with a decoder against fairseq2; ``dump_fairseq2_encoder_decoders.py`` wrote its tiny random models."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class DeepSeekConfig(DecoderConfig):
     """The number of layers, from the first, without experts."""
 
     num_experts: int = 256
-    """The number of experts in a layer, of which a router chooses some for each token."""
+    """The number of experts in a layer; a router chooses some for each token."""
 
     top_k: int = 8
     """The number of experts that are chosen for a token."""

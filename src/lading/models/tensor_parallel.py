@@ -96,7 +96,7 @@ class SharedHeads(SplitStyle):
 
 
 class SplitExperts:
-    """The style of experts, of which each rank holds some: it gets all tokens and choices, and the ranks sum outputs.
+    """The style of experts. Each rank holds some: it gets all tokens and choices, and the ranks sum outputs.
 
     :param num_experts: the number of experts on all ranks.
     :param mesh: the mesh of these ranks; of several dims, the first splits the experts first.

@@ -205,7 +205,7 @@ class _Found:
         return move.origin if self.described.adapter_of is None else move.origin.parent
 
     def result(self) -> AddedCard:
-        """Return what the user is told."""
+        """Return the report of this checkpoint."""
         manifest, of = self.described.manifest, {**self.inherited, **self.fields}.get
 
         return AddedCard(

@@ -68,9 +68,7 @@ class Sliced:
 
 @dataclass(frozen=True, slots=True)
 class Unfolded:
-    """A source with its first dim divided in two, the first of which has ``count`` indices: (count * N, …) as (count,
-    N, …).
-    """
+    """A source whose first dim is divided, into ``count`` parts: (count * N, …) as (count, N, …)."""
 
     count: int
     source: Source

@@ -49,8 +49,7 @@ def causal_mask(
 
     :param window: the number of tokens, itself included, that a token attends to.
     :param padding: (N, past + new); false for padding.
-    :param chunked: whether windows are chunks of ``window`` tokens, the first of which begins behind the padding on the
-        left.
+    :param chunked: whether windows are chunks of ``window`` tokens, beginning behind the padding on the left.
     """
     total = past + new
     first = 0 if window is None else max(0, past - (window - 1))

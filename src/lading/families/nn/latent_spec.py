@@ -12,8 +12,8 @@ from lading.families.nn.shapes import Shapes, projection
 class LatentSpec:
     """The options of multi-head latent attention (https://arxiv.org/abs/2405.04434).
 
-    A head compares queries and keys of two parts: one that each head has by itself, and a rotated one, of which the
-    key is the same for all heads.
+    A head compares queries and keys of two parts: one that each head has by itself, and a rotated one, whose key
+    is the same for all heads.
 
     :raises ValueError: the sizes are not valid.
     """
