@@ -75,7 +75,7 @@ def _other_names(family: Family[Any, Any]) -> str:
 
 def _axes(family: Family[Any, Any]) -> list[str]:
     if family.complete is not None:
-        return 4 * ["by class"]
+        return ["by class", "by class", "", ""]
     plan = family.parallel_plan(family.config_kls())
     experts = plan.tensor is not None and Split.EXPERTS in plan.tensor.values()
     served = (plan.tensor is not None, plan.units is not None, plan.stages is not None, experts)

@@ -31,6 +31,7 @@ def _write_options(function: F) -> F:
             "--dtype", type=DTYPES, default="keep",
             help="The dtype of floating-point tensors; keep (the default): as stored; auto: config.json's.",
         ),
+        click.option("--stacked", is_flag=True, help="Write the experts of a layer together, as the model has them."),
         click.option(
             "--drop", is_flag=True, help="Leave out trained tensors that a load ignores, instead of refusing."
         ),

@@ -123,6 +123,7 @@ def convert_checkpoint(
     dtype: torch.dtype | str = "keep",
     shard_size: int = SHARD_SIZE,
     drop: bool = False,
+    stacked: bool = False,
     restrict: bool = True,
     progress: bool = True,
     verify: Verify = "auto",
@@ -141,6 +142,8 @@ def convert_checkpoint(
     :param shard_size: the most bytes of a file, unless a single tensor has more.
     :param drop: whether to leave out trained tensors that a load ignores by a rule of the family, such as the tower of
         another modality, instead of refusing the checkpoint. Buffers that the model computes are always left out.
+    :param stacked: whether to write the experts of a layer together, as transformers 5 has them in memory; by default
+        each is written as tensors of its own, as publishers do.
     :param restrict: see :func:`lading.formats.index`; for a path.
     :param progress: whether to show a progress bar on stderr.
     :param verify: ``"auto"`` verifies files that the catalog does not know as verified in their current state, while
@@ -221,7 +224,8 @@ def convert_checkpoint(
     with new_place(place) as new, open_destination(new) as destination:
         destination.require_space(sum(entry.nbytes for entry in (*entries, *added)))
         order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
-        parts = published([*(entries[i] for i in order), *added], family.published(config))
+        rules = () if stacked else family.published(config)
+        parts = published([*(entries[i] for i in order), *added], rules)
         entries = [*parts]
         shards = files_of(entries, shard_size)
         with byte_bar(sum(entry.nbytes for entry in entries), "write", shown=progress) as bar:
@@ -247,6 +251,7 @@ def export_model(
     beside: Path | str | None = None,
     tokenizer: Path | str | Tokenizer | Any = None,
     register: str | None = None,
+    stacked: bool = False,
 ) -> ExportReport:
     """Write a model in memory as a Hugging Face repository.
 
@@ -265,6 +270,7 @@ def export_model(
             :func:`lading.load_tokenizer` returns it, or a folder with its files.
     :param register: the name under which the catalog gets a card for the folder, as by
         :func:`lading.register_model`; default: none.
+    :param stacked: as :func:`convert_checkpoint` takes it.
 
     :raises FileExistsError: ``folder`` exists, and is not an empty folder.
     :raises NotSupportedError: no ``config.json`` can describe the model, or the gangs are simulated.
@@ -292,8 +298,17 @@ def export_model(
             "A model of simulated gangs cannot be exported: its other parts do not exist. Export it without `gangs`."
         )
     root.same(
-        (family.name, config, chosen, shard_size, str(place), None if beside is None else str(beside), register),
-        "family, configuration, dtype, shard size, folder, `beside` and `register`",
+        (
+            family.name,
+            config,
+            chosen,
+            shard_size,
+            str(place),
+            None if beside is None else str(beside),
+            register,
+            stacked,
+        ),
+        "family, configuration, dtype, shard size, folder, `beside`, `register` and `stacked`",
     )
 
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
@@ -311,7 +326,7 @@ def export_model(
     entries = [entry for stage in stages for entry in stage]
     if {entry.name: entry.shape for entry in entries} != dict(zip(whole.names, whole.shapes, strict=True)):
         raise ValueError("`config` must be the one that `model` was made with, but describes other parameters")
-    rules = family.published(config)
+    rules = () if stacked else family.published(config)
     parts = published(entries, rules)
     entries = [*parts]
     shards, writers = files_of_stages(

@@ -66,7 +66,7 @@ def test_stacked_and_separate_experts_make_the_same_model(home: Path, tmp_path: 
 
 
 @each_family
-def test_an_export_has_the_layout_of_published_checkpoints(home: Path, tmp_path: Path, name: str) -> None:
+def test_an_export_has_the_layout_of_published_checkpoints_or_stacks(home: Path, tmp_path: Path, name: str) -> None:
     model = new(name)
     expected = separate(model.state_dict(), name)
     export_model(model, name, CONFIGS[name], tmp_path / "exported", shard_size=10_000)
@@ -74,6 +74,12 @@ def test_an_export_has_the_layout_of_published_checkpoints(home: Path, tmp_path:
     convert_checkpoint(tmp_path / "stacked", tmp_path / "from-stacked", progress=False)
     convert_checkpoint(tmp_path / "exported", tmp_path / "again", shard_size=20_000, progress=False)
 
+    export_model(model, name, CONFIGS[name], tmp_path / "exported-stacked", stacked=True)
+    convert_checkpoint(tmp_path / "again", tmp_path / "stacked-again", stacked=True, progress=False)
+
+    for folder in ("exported-stacked", "stacked-again"):
+        assert load_file(tmp_path / folder / "model.safetensors").keys() == model.state_dict().keys()
+        same(load_model(tmp_path / folder), model)
     for folder in ("exported", "from-stacked", "again"):
         files = sorted((tmp_path / folder).glob("*.safetensors"))
         found = {key: value for file in files for key, value in load_file(file).items()}
