@@ -83,7 +83,7 @@ class Experts(nn.Module):
         # Each row has a place of its own, so that the sum has the same order in each call, unlike with `index_add`.
         places = y.new_zeros(chosen.numel(), y.size(1)).index_copy(0, order, y)
 
-        return places.view(*chosen.shape, -1).sum(1)
+        return torch.unflatten(places, 0, chosen.shape).sum(1)
 
 
 class MixtureOfExperts(nn.Module):
@@ -124,7 +124,7 @@ def choose(spec: ExpertsSpec, logits: Tensor, bias: Tensor | None = None) -> tup
     if bias is not None:
         rated = rated + bias
     if spec.num_groups > 1:
-        groups = rated.view(len(rated), spec.num_groups, -1)
+        groups = torch.unflatten(rated, -1, (spec.num_groups, -1))
         best = groups.topk(2, -1).values.sum(-1).topk(spec.top_k_groups, -1).indices
         left_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
         rated = groups.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
