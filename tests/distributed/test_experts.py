@@ -19,15 +19,24 @@ from lading.models.hub import ModelHub, load_model, load_with_report
 from lading.models.targets import is_distributed
 from lading.operations.export import export_model
 from lading.operations.plan import plan_load
+from tests.distributed.test_cooperative import both_ways
 from tests.distributed.test_parity import differences
 from tests.distributed.tiny_models import save_model
 from tests.distributed.workers import Pool
+from tests.helpers.block_scaled import quantize_folder
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 96,
     "max_position_embeddings": 64, "num_experts_per_tok": 3,
 }  # fmt: skip
 EXPERTS = 8
+
+SCALED: dict[str, Any] = {
+    **SIZES, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 144, "intermediate_size": 264,
+    "moe_intermediate_size": 136, "q_lora_rank": 40, "kv_lora_rank": 24, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16,
+    "v_head_dim": 38, "n_routed_experts": EXPERTS, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+"""Sizes of which the parts of ranks end inside a block of 128."""
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +67,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "stacked": root / "stacked",
     }
     save_model(made["stacked"], transformers.Qwen3MoeForCausalLM, qwen, save_original_format=False)
+    scaled = transformers.DeepseekV3Config(**SCALED)
+    made["deepseek-scaled"] = save_model(root / "scaled", transformers.DeepseekV3ForCausalLM, scaled)
+    quantize_folder(made["deepseek-scaled"])
 
     return made
 
@@ -86,6 +98,7 @@ def case_id(value: Any) -> str:
         ("mixtral", {"ep": 2, "tp": 2}),
         ("deepseek", {"ep": 2, "sdp": 2}),
         ("stacked", {"tp": 2, "sdp": 2}),
+        ("deepseek-scaled", {"tp": 4}),
         *(
             pytest.param(name, sizes, marks=pytest.mark.slow)
             for name in ("deepseek", "llama4", "mixtral", "qwen3_moe", "stacked")
@@ -131,6 +144,11 @@ def test_a_new_model_its_export_and_its_parts(
     pool4: Pool, folders: dict[str, Path], tmp_path: Path, name: str, sizes: dict[str, int]
 ) -> None:
     assert pool4.values(new_and_exported, folders[name], sizes, str(tmp_path / "out")) == [[]] * 4
+
+
+def test_scaled_weights_that_ranks_read_together(pool4: Pool, folders: dict[str, Path]) -> None:
+    for different, _, _ in pool4.values(both_ways, folders["deepseek-scaled"], {"tp": 2, "sdp": 2}, "bf16"):
+        assert different == []
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ wanted; the products are made in memory.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from lading.formats.manifest import BLOCK, SCALE_SUFFIX, Manifest
 from lading.planning.box import Box, Selection
@@ -28,11 +29,16 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def touched_blocks(selection: Selection) -> Box:
     """Return the box of the scales of all blocks that a part of a tensor touches; the part is not empty."""
-    sizes = _block_sizes(len(selection.sizes))
+    return _touched(selection.starts, selection.sizes, selection.steps)
+
+
+@lru_cache(maxsize=1024)  # a model has many tensors of few shapes
+def _touched(firsts: tuple[int, ...], counts: tuple[int, ...], steps: tuple[int, ...]) -> Box:
+    sizes = (*(1,) * (len(counts) - 2), BLOCK, BLOCK)
     starts, ends = [], []
-    for start, count, step, size in zip(selection.starts, selection.sizes, selection.steps, sizes, strict=True):
-        starts.append(start // size)
-        ends.append((start + (count - 1) * step) // size + 1)
+    for first, count, step, size in zip(firsts, counts, steps, sizes, strict=True):
+        starts.append(first // size)
+        ends.append((first + (count - 1) * step) // size + 1)
 
     return Box(tuple(starts), tuple(end - start for start, end in zip(starts, ends, strict=True)))
 
@@ -40,10 +46,6 @@ def touched_blocks(selection: Selection) -> Box:
 def blocks_of(box: Box) -> Box:
     """Return the box of the scales of the blocks that ``box`` touches; an empty one for an empty box."""
     return touched_blocks(Selection.of(box)) if box.numel else box.empty()
-
-
-def _block_sizes(dims: int) -> tuple[int, ...]:
-    return (*(1,) * (dims - 2), BLOCK, BLOCK)
 
 
 def with_scales(manifest: Manifest, wanted: Wanted) -> Wanted:
