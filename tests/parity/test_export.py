@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from lading import Family, NotSupportedError, convert_checkpoint, export_model, load_model
 from lading.families.bert import BertConfig
+from lading.families.deepseek import DeepSeekConfig
 from lading.families.gemma3 import Gemma3Config
 from lading.families.gemma3n import Gemma3nConfig
 from lading.families.jepa import JepaConfig, JepaEncoderConfig
@@ -104,6 +105,14 @@ CASES: dict[str, tuple[str, Any]] = {
     "qwen3-head-dim": ("qwen", replace(QWEN3, head_dim=10)),
     "mistral": ("mistral", MistralConfig(**SIZES)),
     "mistral-without-window": ("mistral", MistralConfig(**SIZES, attn_window_len=None, head_dim=8, pad_idx=2)),
+    "deepseek": (
+        "deepseek",
+        DeepSeekConfig(
+            **SIZES | {"num_key_value_heads": 4}, num_dense_layers=1, num_experts=8, num_groups=4, top_k_groups=2,
+            top_k=3, expert_inner_dim=16, query_rank=12, key_value_rank=8, head_dim=6, rotary_dim=4, value_dim=10,
+            num_shared_experts=2,
+        ),
+    ),
     "mixtral": ("mixtral", MixtralConfig(**SIZES, num_experts=5, attn_window_len=5, pad_idx=2)),
     "qwen3-moe": (
         "qwen3_moe",

@@ -164,6 +164,13 @@ def _spec(config: DeepSeekConfig) -> DecoderSpec:
     )
 
 
+def _require_head_dim(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+    # transformers writes the width of the rotated part, and reads it.
+    keys.require("head_dim", earlier["rotary_dim"])
+
+    return {}
+
+
 def _read_rope(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
     theta, scaling = read_rope(keys, "yarn")
     yarn = None if scaling is None else read_yarn(scaling, earlier["max_seq_len"])
@@ -202,6 +209,7 @@ CONFIG_JSON = ConfigTable(
         Field("key_value_rank", "kv_lora_rank", ConfigReader.count, 512),
         Field("head_dim", "qk_nope_head_dim", ConfigReader.count, 128),
         Field("rotary_dim", "qk_rope_head_dim", ConfigReader.count, 64),
+        KeyGroup(("head_dim",), _require_head_dim, lambda config: {}),
         Field("value_dim", "v_head_dim", ConfigReader.count, 128),
         Field("attn_bias", "attention_bias", ConfigReader.flag, False),
         Field("interleaved_rope", "rope_interleave", ConfigReader.flag, True),
@@ -229,7 +237,6 @@ CONFIG_JSON = ConfigTable(
     ignored={
         "aux_loss_alpha": "training",
         "ep_size": "how the publisher computed the same",
-        "head_dim": "transformers writes the width of the rotated part",
         "output_router_logits": "training",
         "qk_head_dim": "the sum of the widths of its parts",
         "seq_aux": "training",

@@ -12,19 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import ModelConfigError, NotSupportedError, PolicyError
 from lading.families.deepseek import FAMILY, DeepSeekConfig, get_deepseek_model_hub
 from lading.gangs import simulate_gangs
-from lading.gangs.world import AXES
 from lading.models.construct import build_on_meta
 from lading.models.hub import load_model, load_with_report
 from lading.models.shapes import count_parameters
 from lading.operations.check import check_model
 from lading.operations.export import convert_checkpoint
-from lading.operations.plan import plan_checkpoint, plan_load
+from lading.operations.plan import plan_load
 from tests.helpers.block_scaled import QUANTIZATION, quantize_folder
-from tests.helpers.deepseek_manifest import deepseek_manifest
 
 PUBLISHED: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -236,21 +233,3 @@ def test_scaled_weights_in_one_tensor(state: dict[str, Tensor], tmp_path: Path) 
 
     found = load_model(folder, dtype=torch.float32, progress=False).state_dict()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
-
-
-def test_one_rank_reads_all_that_is_published_but_what_drafts_tokens() -> None:
-    manifest = deepseek_manifest()
-    checkpoint = Checkpoint(name="x", uri="file:///x", where="/x", manifest=manifest, files=None)
-
-    planned = plan_checkpoint(
-        checkpoint,
-        FAMILY,
-        DeepSeekConfig(),
-        sizes=dict.fromkeys(AXES, 1),
-        dtype=torch.bfloat16,
-        ranks=None,
-    )
-
-    needed = [i for i, name in enumerate(manifest.names) if not name.startswith("model.layers.61.")]
-    assert planned.ranks[0].bytes_read == sum(map(manifest.nbytes, needed))
-    assert planned.ranks[0].memory_bytes == 2 * 671_026_419_200 + 2 * 58 * 256
