@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lading import NotSupportedError, check_model, import_cards, load_model, plan_load
 from lading.families.llama4 import CONFIG_JSON, FAMILY, Llama4, get_llama4_model_hub
+from lading.formats import index
+from lading.models.fit import check_manifest
 from tests.helpers.parity_tools import randomise, relative_difference
 
 TEXT: dict[str, Any] = {
@@ -151,6 +153,10 @@ def test_the_files_of_meta(ranks: int, theirs: Any, tmp_path: Path) -> None:
 
     model = get_llama4_model_hub().load_custom_model(folder, config, progress=False)
 
+    report = check_manifest(index(folder), FAMILY, config)
+    assert report.fits
+    assert report.matched + len(report.dropped) == report.tensors
+    assert {name.partition("#")[0] for name in report.dropped} >= {"rope.freqs", "vision_projection.weight"}
     own = model.state_dict()
     assert {name: torch.equal(own[name], tensor) for name, tensor in state.items()} == dict.fromkeys(state, True)
     compare(model, theirs)

@@ -203,7 +203,8 @@ def report_fit(match: Match) -> CheckReport:
         for tensor in tensors_of(source)
     }
     matched = [t for i, t in enumerate(routed.tensors) if i not in routed.composed]
-    matched += [t for source in routed.composed.values() for t in tensors_of(source)]
+    # A tensor that is cut makes several parameters.
+    matched += dict.fromkeys(t for source in routed.composed.values() for t in tensors_of(source))
     matched += [manifest.scales[t] for t in matched if t in manifest.scales]
     known = {manifest.names[t] for t in matched} | tied.keys() | set(routed.unexpected)
     known.update(name for _, names in routed.clashes for name in names)

@@ -337,7 +337,7 @@ def _load(
         device=str(device),
         dtypes=loaded,
         parameters=sum(loaded.values()),
-        tensors=sum(1 for source in _sources(routed, targets) for _ in tensors_of(source)),
+        tensors=len({t for source in _sources(routed, targets) for t in tensors_of(source)}),
         shards=len(manifest.shards),
         bytes_read=moved.bytes_read if stream is None else stream.bytes_read,
         bytes_mapped=sum(
