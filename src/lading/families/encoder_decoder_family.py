@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lading.errors import NotSupportedError
 from lading.families.config_json import CHANGES_EACH_MODEL, ConfigReader, ConfigTable, Field, KeyGroup, same_for_all
-from lading.families.name_rules import also_wrapped
+from lading.families.name_rules import also_wrapped, layer_rules
 from lading.families.nn.encoder_decoder_spec import EncoderDecoderSpec, encoder_decoder_plan
 from lading.models.family import Family
 from lading.planning.rules import Rule
@@ -82,8 +82,7 @@ def _common_rules() -> Iterator[Rule]:
             for name in ("version", "embed_positions._float_tensor", "embed_positions.weights"):
                 yield Rule(f"{prefix}{side}.{name}", None, computed=True)
     for side in ("encoder", "decoder"):
-        for source, target in _FAIRSEQ2.items():
-            yield Rule(f"{side}.layers.{{n}}.{source}.{{p*}}", f"model.{side}.layers.{{n}}.{target}.{{p}}")
+        yield from layer_rules(f"{side}.layers.{{n}}", _FAIRSEQ2, ours=f"model.{side}.layers.{{n}}")
         yield Rule(f"{side}_frontend.embed.weight", f"model.{side}.embed_tokens.weight")
     yield Rule("final_proj.weight", "lm_head.weight")
     yield Rule("decoder.output_projection.weight", "lm_head.weight")

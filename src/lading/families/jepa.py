@@ -23,6 +23,7 @@ from lading.families.config_json import (
 from lading.families.jepa_config import JepaConfig as JepaConfig
 from lading.families.jepa_config import JepaEncoderConfig as JepaEncoderConfig
 from lading.families.jepa_config import encoder_spec
+from lading.families.name_rules import layer_rules
 from lading.families.nn.shapes import Shapes
 from lading.families.nn.vision_spec import VisionSpec, vision_plan
 from lading.models.accessor import ModelHubAccessor
@@ -88,12 +89,6 @@ def fairseq2_layer(attention: str) -> dict[str, str]:
     }
 
 
-def layer_rules(source: str, target: str, names: Mapping[str, str]) -> Iterator[Rule]:
-    """Yield the rules for the modules of a layer, from their names in ``source`` to those in ``target``."""
-    for theirs, ours in names.items():
-        yield Rule(f"{source}.{theirs}.{{leaf*}}", f"{target}.{ours}.{{leaf}}")
-
-
 def encoder_rules(config: JepaEncoderConfig, prefix: str = "") -> Iterator[Rule]:
     """Yield the rules for the encoder in checkpoints of Meta, of fairseq2, and in other ones of transformers.
 
@@ -107,7 +102,7 @@ def encoder_rules(config: JepaEncoderConfig, prefix: str = "") -> Iterator[Rule]
         yield Rule(f"{wrapped}pos_embed", positions, computed=positions is None)
         yield Rule(f"{wrapped}patch_embed.proj.{{leaf*}}", projection)
         yield Rule(f"{wrapped}norm.{{leaf*}}", f"{prefix}layernorm.{{leaf}}")
-        yield from layer_rules(f"{wrapped}blocks.{{n}}", layer, _META)
+        yield from layer_rules(f"{wrapped}blocks.{{n}}", _META, ours=layer)
         for i, name in enumerate(("query", "key", "value")):
             yield Rule(
                 f"{wrapped}blocks.{{n}}.attn.qkv.{{leaf*}}",
@@ -119,10 +114,10 @@ def encoder_rules(config: JepaEncoderConfig, prefix: str = "") -> Iterator[Rule]
     for name in ("patch_feature_extractor", "feature_extractor"):
         yield Rule(f"encoder_frontend.{name}.conv.{{leaf*}}", projection)
     yield Rule("encoder.layer_norm.{leaf*}", f"{prefix}layernorm.{{leaf}}")
-    yield from layer_rules("encoder.layers.{n}", layer, fairseq2_layer("self_attn"))
+    yield from layer_rules("encoder.layers.{n}", fairseq2_layer("self_attn"), ours=layer)
 
     for wrapped in ("ijepa.", ""):
-        yield from layer_rules(f"{wrapped}layers.{{n}}", layer, _TRANSFORMERS_5)
+        yield from layer_rules(f"{wrapped}layers.{{n}}", _TRANSFORMERS_5, ours=layer)
         yield Rule(f"{wrapped}embeddings.mask_token", None)  # for pre-training
         if positions is None:
             yield Rule(f"{wrapped}embeddings.position_embeddings", None, computed=True)

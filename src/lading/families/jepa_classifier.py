@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lading.families.jepa import encoder_rules, fairseq2_layer, layer_rules
+from lading.families.jepa import encoder_rules, fairseq2_layer
 from lading.families.jepa_config import JepaClassifierConfig as JepaClassifierConfig
 from lading.families.jepa_config import JepaEncoderConfig as JepaEncoderConfig
 from lading.families.jepa_config import checked_classifier
+from lading.families.name_rules import layer_rules
 from lading.families.nn.shapes import Shapes, norm, projection, under
 from lading.families.nn.vision_spec import vision_plan
 from lading.models.accessor import ModelHubAccessor
@@ -49,8 +50,10 @@ def _plan(config: JepaClassifierConfig) -> ParallelPlan:
 
 def _rules(config: JepaClassifierConfig) -> Sequence[Rule]:
     return (
-        *layer_rules(_POOLER_LAYER, _POOLER_LAYER, fairseq2_layer("cross_attn")),
-        *layer_rules("attn_pooler.encoder.layers.{n}", "attn_pooler.encoder.layer.{n}", fairseq2_layer("self_attn")),
+        *layer_rules(_POOLER_LAYER, fairseq2_layer("cross_attn"), ours=_POOLER_LAYER),
+        *layer_rules(
+            "attn_pooler.encoder.layers.{n}", fairseq2_layer("self_attn"), ours="attn_pooler.encoder.layer.{n}"
+        ),
         Rule("attn_pooler.encoder.layer_norm.{leaf*}", "attn_pooler.layernorm.{leaf}"),
         *encoder_rules(config.encoder_config, "jepa."),
     )

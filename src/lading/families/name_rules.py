@@ -172,14 +172,17 @@ def _with_ffn(names: Mapping[str, str], ffn: str) -> Mapping[str, str]:
     return {source: target.replace("mlp.", f"{ffn}.") for source, target in names.items()}
 
 
-def layer_rules(layer: str, names: Mapping[str, str], head_dim: int | None = None) -> Iterator[Rule]:
+def layer_rules(
+    layer: str, names: Mapping[str, str], head_dim: int | None = None, *, ours: str = "model.layers.{n}"
+) -> Iterator[Rule]:
     """Yield the rules for the modules of each layer.
 
     :param layer: the name of a layer in the checkpoint, with ``{n}`` for its index.
     :param names: the names of modules in the checkpoint → their names in lading.
     :param head_dim: as :func:`fairseq2_rules` takes it.
+    :param ours: the name of a layer in lading.
     """
     turned = None if head_dim is None else Regroup(0, head_dim // 2, 2)
     for source, target in names.items():
         order = turned if target in ("self_attn.q_proj", "self_attn.k_proj") else None
-        yield Rule(f"{layer}.{source}.{{rest*}}", f"model.layers.{{n}}.{target}.{{rest}}", order=order)
+        yield Rule(f"{layer}.{source}.{{rest*}}", f"{ours}.{target}.{{rest}}", order=order)
