@@ -136,7 +136,7 @@ def streamed(
         ({"sdp": 4}, "auto", False, 0.26, 1.03),
         ({"tp": 4}, "auto", False, 0.45, 1.8),
         ({"tp": 4}, "bfloat16", True, 0.27, 1.02),
-        ({"pp": 1}, "auto", True, 0.27, 1.02),
+        pytest.param({"pp": 1}, "auto", True, 0.27, 1.02, marks=pytest.mark.slow),
         pytest.param({"sdp": 4}, "bfloat16", False, 0.26, 1.03, marks=pytest.mark.slow),
         pytest.param({"sdp": 4}, "auto", True, 0.27, 1.02, marks=pytest.mark.slow),
         pytest.param({"tp": 4}, "bfloat16", False, 0.45, 1.8, marks=pytest.mark.slow),
@@ -153,10 +153,8 @@ def test_a_rank_streams_its_own_bytes(
     found = pool4.values(streamed, str(tmp_path), str(file), sizes, dtype, together, "never")
     assert [different for different, _, _ in found] == [[]] * 4
     assert max(read for _, read, _ in found) <= share * len(data)
-    # The header once more, to see that it is still the one that was indexed.
-    header = sent(server) - sum(read for _, read, _ in found)
-    assert 0 < header <= 256 << 10
-    assert sent(server) <= total * len(data) + header
+    # The validators say that the header is still the one that was indexed: nothing but weights is sent.
+    assert sent(server) == sum(read for _, read, _ in found) <= total * len(data)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.stat().st_size > 1 << 20]
 
 
