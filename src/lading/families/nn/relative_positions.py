@@ -25,15 +25,15 @@ def align(scores: Tensor) -> Tensor:
     """Select the score of the distance between each query and key: (…, T, 2 T - 1), by distance → (…, T, T), by key."""
     length = scores.size(-2)
 
-    # Each query's distances begin one column before those of the query above it. With a column more in front, rows that
-    # are one column shorter begin there, too.
+    # The scores that a query needs begin one column before those of the query above it. With a column more in front of
+    # each row, the rows of the same memory that are one column shorter begin at these scores.
     shifted = pad(scores, (1, 0)).flatten(-2)[..., length:]
 
     return torch.unflatten(shifted, -1, (length, 2 * length - 1))[..., :length]
 
 
 class PositionBias(nn.Module):
-    """What is added to queries before they are compared to keys, and to distances; uninitialized."""
+    """The biases of queries: ``u`` for their comparison to keys, ``v`` for that to distances; uninitialized."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
