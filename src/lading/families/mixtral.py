@@ -10,7 +10,7 @@ from lading.families.config_json import ConfigReader, ConfigTable, Entries, Fiel
 from lading.families.decoder_family import decoder_family, plain_rope
 from lading.families.mistral import CONFIG_JSON as MISTRAL_JSON
 from lading.families.mistral import MistralConfig
-from lading.families.name_rules import expert_rules, rules_of_adjacent_channels
+from lading.families.name_rules import DECODER_RULES, expert_rules, meta_rules
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.experts_spec import ExpertsSpec
 from lading.models.accessor import ModelHubAccessor
@@ -78,12 +78,29 @@ CONFIG_JSON = ConfigTable(
 """The keys of ``config.json``."""
 
 
-def _expert_rules(prefix: str) -> Iterator[Rule]:
-    return expert_rules("block_sparse_moe", gate="w1", up="w3", down="w2", prefix=prefix)
+def _expert_rules(prefix: str, module: str = "block_sparse_moe") -> Iterator[Rule]:
+    return expert_rules(module, gate="w1", up="w3", down="w2", prefix=prefix)
 
 
 def _rules(config: MixtralConfig) -> Sequence[Rule]:
-    return (*_expert_rules("model."), *_expert_rules(""), *rules_of_adjacent_channels(config))
+    """Return the rules for the hub's names, and for Mistral AI's, whose rotary embeddings turn neighboring channels.
+
+    Sources: https://github.com/mistralai/mistral-inference (``moe.py``, ``transformer_layers.py``) for the names with
+    ``feed_forward``; transformers 4 (``models/mixtral/convert_mixtral_weights_to_hf.py``) for the first release, which
+    has the weights of all experts below one another.
+    """
+    layer, target = "layers.{n}.block_sparse_moe", "model.layers.{n}.mlp.experts"
+
+    return (
+        *_expert_rules("model."),
+        *_expert_rules(""),
+        *_expert_rules("", "feed_forward"),
+        Rule(f"{layer}.w1", f"{target}.gate_up_proj", concat=(1, 0), unfold=config.num_experts),
+        Rule(f"{layer}.w3", f"{target}.gate_up_proj", concat=(1, 1), unfold=config.num_experts),
+        Rule(f"{layer}.w2", f"{target}.down_proj", unfold=config.num_experts, transpose=True),
+        *meta_rules(_spec(config).attn_head_dim),
+        *DECODER_RULES,
+    )
 
 
 FAMILY: Family[Mixtral, MixtralConfig] = decoder_family(

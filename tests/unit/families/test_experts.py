@@ -65,6 +65,33 @@ def test_stacked_and_separate_experts_make_the_same_model(home: Path, tmp_path: 
         same(load_model(folder), model)
 
 
+@pytest.mark.parametrize("below_one_another", [False, True])
+def test_the_names_of_mistral(home: Path, tmp_path: Path, below_one_another: bool) -> None:
+    """Queries and keys have neighboring channels where the model has halves, and the first release joined experts."""
+    model = new("mixtral")
+    names = {
+        "model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.": "", "self_attn": "attention",
+        "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    module = "block_sparse_moe" if below_one_another else "feed_forward"
+    state: dict[str, Tensor] = {}
+    for name, tensor in separate(model.state_dict(), "mixtral").items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if ".wq." in name or ".wk." in name:
+            tensor = tensor.view(-1, 2, 4, 32).transpose(1, 2).reshape(tensor.shape).clone()
+        state[name.replace("block_sparse_moe", module)] = tensor
+    for layer in range(3) if below_one_another else ():
+        for weight in ("w1", "w2", "w3"):
+            keys = [f"layers.{layer}.{module}.experts.{e}.{weight}.weight" for e in range(11)]
+            parts = [state.pop(key) for key in keys]
+            joined = torch.cat([part.T if weight == "w2" else part for part in parts])
+            state[f"layers.{layer}.{module}.{weight}"] = joined
+
+    same(load_model(save(tmp_path / "model", "mixtral", state)), model)
+
+
 @each_family
 def test_an_export_has_the_layout_of_published_checkpoints_or_stacks(home: Path, tmp_path: Path, name: str) -> None:
     model = new(name)
