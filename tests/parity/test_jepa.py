@@ -138,12 +138,13 @@ def test_names_are_those_of_files(tmp_path: Path) -> None:
     } == FAMILY.shapes(config)
 
 
-def test_a_sparse_file_means_what_the_full_one_does() -> None:
+def test_a_sparse_file_means_what_the_full_one_does(caplog: pytest.LogCaptureFixture) -> None:
     from transformers import IJepaConfig
 
     full = json.loads(IJepaConfig().to_json_string(use_diff=False))
 
     assert FAMILY.from_hf({"model_type": "ijepa"}) == FAMILY.from_hf(full)
+    assert not caplog.records, "a key that the family does not know"
 
 
 @pytest.mark.parametrize(
