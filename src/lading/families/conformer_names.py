@@ -44,3 +44,12 @@ FAIRSEQ: Final[Mapping[str, str]] = {
     "conv_module.{p*}": "conv_module.{p}",
     "final_layer_norm.{p*}": "final_layer_norm.{p}",
 }
+
+
+def in_layers(names: Mapping[str, str], layer: str, ours: str) -> dict[str, str]:
+    """Return the whole names for names inside of a layer.
+
+    :param layer: the name of a layer in the checkpoint, with ``{n}`` for its index.
+    :param ours: the name of a layer in lading.
+    """
+    return {f"{layer}.{source}": f"{ours}.{target}" for source, target in names.items()}

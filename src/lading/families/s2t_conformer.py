@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import TYPE_CHECKING
 
 from lading.families import conformer_names
@@ -96,15 +97,14 @@ def _rules(config: S2TConformerConfig) -> Sequence[Rule]:
     return encoder_decoder_rules(
         Rule("encoder_frontend.feature_extractor.layers.{n}.conv.{p*}", "model.encoder.conv.conv_layers.{n}.{p}"),
         Rule("encoder_frontend.proj.{p*}", "model.encoder.linear.{p}"),
-        *_layer_rules("encoder.layers", conformer_names.FAIRSEQ2),
+        *_layer_rules("encoder.layers.{n}", conformer_names.FAIRSEQ2),
         Rule("encoder.subsample.{p*}", "model.encoder.conv.{p}"),
-        *_layer_rules("encoder.conformer_layers", conformer_names.FAIRSEQ),
+        *_layer_rules("encoder.conformer_layers.{n}", conformer_names.FAIRSEQ),
     )
 
 
-def _layer_rules(layers: str, names: Mapping[str, str]) -> Iterator[Rule]:
-    for source, target in names.items():
-        yield Rule(f"{layers}.{{n}}.{source}", f"model.encoder.layers.{{n}}.{target}")
+def _layer_rules(layer: str, names: Mapping[str, str]) -> Iterator[Rule]:
+    return starmap(Rule, conformer_names.in_layers(names, layer, "model.encoder.layers.{n}").items())
 
 
 _create = deferred_call("lading.families.nn.s2t_conformer:S2TConformer")

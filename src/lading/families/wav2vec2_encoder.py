@@ -212,7 +212,13 @@ def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix
     """
     # In post-norm models, fairseq2 puts the same normalization into the frontend.
     frontend_norm = "input_layer_norm" if config.norm_order == "PRE" else "layer_norm"
-    fairseq = _FAIRSEQ | _in_layers(conformer_names.FAIRSEQ if config.use_conformer else _TRANSFORMER_FAIRSEQ)
+    layer_names = (
+        (conformer_names.FAIRSEQ, conformer_names.FAIRSEQ2)
+        if config.use_conformer
+        else (_TRANSFORMER_FAIRSEQ, _TRANSFORMER_FAIRSEQ2)
+    )
+    layers, fairseq2_layers = (conformer_names.in_layers(names, _LAYER, _LAYER) for names in layer_names)
+    fairseq = _FAIRSEQ | layers
     turned = None
     if config.pos_encoder_type == "rotary":
         # fairseq2's rotations turn neighboring channels, and fairseq's come before the projections.
@@ -225,7 +231,7 @@ def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix
         "wav2vec2.masked_spec_embed": "masked_spec_embed",
         **_FAIRSEQ2,
         f"{_FRONTEND}.layer_norm.{{p*}}": f"encoder.{frontend_norm}.{{p}}",
-        **_in_layers(conformer_names.FAIRSEQ2 if config.use_conformer else _TRANSFORMER_FAIRSEQ2),
+        **fairseq2_layers,
         **fairseq,
         **{f"{fairseq_prefix}{source}": target for source, target in fairseq.items()},
     }
@@ -239,10 +245,6 @@ def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix
         )
         for source, target in rules.items()
     ]
-
-
-def _in_layers(names: Mapping[str, str]) -> dict[str, str]:
-    return {f"{_LAYER}.{source}": f"{_LAYER}.{target}" for source, target in names.items()}
 
 
 TRAINING_ONLY = ("feature_grad_scale", "masked")
