@@ -17,6 +17,7 @@ from lading.families.decoder_family import (
     decoder_family,
 )
 from lading.families.name_rules import fairseq2_rules
+from lading.families.nn.checks import require_layers
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.models.accessor import ModelHubAccessor
 from lading.models.family import Family
@@ -61,6 +62,14 @@ class QwenConfig(DecoderConfig):
 
     norm_eps: float = 1e-6
     """The number that is added to the mean square before taking its root."""
+
+
+def _spec(config: QwenConfig) -> DecoderSpec:
+    require_layers(config.num_layers)
+
+    return DecoderSpec.of(
+        config, full_attn_layers=frozenset(range(min(config.num_full_attn_layers, config.num_layers)))
+    )
 
 
 def _read_window(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -112,7 +121,7 @@ QWEN_2_JSON = ConfigTable(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     config_kls=QwenConfig,
-    spec=lambda config: DecoderSpec.of(config).normalized(),
+    spec=lambda config: _spec(config).normalized(),
     entries=(*_ENTRIES, Field("head_dim", "head_dim", ConfigReader.maybe_count, optional=True)),
     fixed={"qkv_proj_bias": True, "q_norm": False, "k_norm": False},
     constants=NO_TOKENS,
@@ -131,9 +140,7 @@ QWEN_3_JSON = replace(
     architecture="Qwen3ForCausalLM",
     entries=(
         *_ENTRIES,
-        Field(
-            "head_dim", "head_dim", ConfigReader.count, 128, write=lambda config: DecoderSpec.of(config).attn_head_dim
-        ),
+        Field("head_dim", "head_dim", ConfigReader.count, 128, write=lambda config: _spec(config).attn_head_dim),
     ),
     fixed={"qkv_proj_bias": False, "q_norm": True, "k_norm": True},
     constants={**NO_TOKENS, "attention_bias": False},
@@ -149,7 +156,7 @@ def _to_hf(config: QwenConfig) -> Mapping[str, object]:
 
 FAMILY: Family[Qwen, QwenConfig] = decoder_family(
     "lading.families.nn.decoder_models:Qwen",
-    DecoderSpec.of,
+    _spec,
     QWEN_2_JSON,
     QWEN_3_JSON,
     to_hf=_to_hf,

@@ -56,69 +56,79 @@ class DecoderSpec:
     ffn_inner_dim: int
     norm_eps: float
     rope_theta: float
-    head_dim: int | None = None
-    """The width of an attention head; ``None`` means ``model_dim // num_attn_heads``."""
-    rope_scaling: Scaling | None = None
+
+    # Embeddings and logits
     pad_idx: int | None = None
     tied_embeddings: bool = False
     """True if the output projection *is* the embedding table."""
+    embed_scale: float = 1.0
+    """The factor of embeddings, applied in their dtype."""
+    final_logit_soft_cap: float | None = None
+    """The bound of the logits, which they approach as a hyperbolic tangent does."""
+
+    # Attention
+    head_dim: int | None = None
+    """The width of an attention head; ``None`` means ``model_dim // num_attn_heads``."""
     qkv_proj_bias: bool = False
     output_proj_bias: bool = False
-    ffn_bias: bool = False
     q_norm: bool = False
     """True if queries are normalized per head, before the rotary embedding."""
     k_norm: bool = False
     v_norm: bool = False
     """True if values are normalized per head, without a weight."""
+    norm_whole: bool = False
+    """True if ``q_norm`` and ``k_norm`` normalize all heads together."""
+    attn_scale: float | None = None
+    """The factor of the attention scores; ``None`` means ``head_dim ** -0.5``."""
+    num_kv_shared_layers: int = 0
+    """The number of layers, from the last, that attend to the keys and values of the last layer before these with the
+    same window."""
+    latent: LatentSpec | None = None
+    """The options of latent attention, in place of attention with grouped queries."""
+
+    # Windows of attention
     attn_window_len: int | None = None
     """The number of tokens, itself included, that a token attends to."""
-    num_full_attn_layers: int = 0
-    """The number of layers, from the first, without a window."""
     full_attn_layers: frozenset[int] = frozenset()
-    """The indices of other layers without a window."""
+    """The indices of layers without a window."""
     chunked_attn: bool = False
     """True if windows are chunks: a token attends to the tokens of its chunk, up to itself."""
+
+    # Positions
+    rope_scaling: Scaling | None = None
     window_rope_theta: float | None = None
     """The ``rope_theta`` of layers with a window, without scaling; ``None`` if it is that of all layers."""
     wide_rotary: bool = False
     """True if queries and keys are rotated in float32, whatever their dtype."""
     adjacent_rotary: bool = False
     """True if rotary embeddings turn neighboring channels of a head together, instead of its two halves."""
+    norm_rotated: bool = False
+    """True if queries and keys are normalized per head after the rotary embedding, without a weight, in layers with
+    rotary embeddings."""
     unrotated_layers: frozenset[int] = frozenset()
     """The indices of layers without rotary embeddings."""
     attn_temperature: AttentionTemperature | None = None
     """The temperature of attention in layers without rotary embeddings."""
-    norm_rotated: bool = False
-    """True if queries and keys are normalized per head after the rotary embedding, without a weight, in layers with
-    rotary embeddings."""
+
+    # Feed-forward networks
+    ffn_name: Literal["mlp", "feed_forward"] = "mlp"
+    """The name of the feed-forward network in a layer."""
+    ffn_bias: bool = False
+    ffn_activation: Activation = "silu"
+    ffn_inner_dims: tuple[int, ...] | None = None
+    """The inner width of the feed-forward network of each layer; ``None`` if all have ``ffn_inner_dim``."""
+    ffn_sparsity: tuple[float, ...] | None = None
+    """The share of the gates that are closed in each layer, by their distribution; ``None`` if none are."""
+    experts: ExpertsSpec | None = None
+    """The experts, in place of the feed-forward network of some or all layers."""
+
+    # Normalization and dropout
     norms: Literal["before", "after", "both"] = "before"
     """The position of normalizations: before each block, after it (before the residual is added), or both."""
     wide_norm: bool = False
     """True if the weights of normalizations are applied in float32, whatever the dtype."""
     norm_offset: float = 0.0
     """The number that is added to the weights of normalizations."""
-    norm_whole: bool = False
-    """True if ``q_norm`` and ``k_norm`` normalize all heads together."""
-    attn_scale: float | None = None
-    """The factor of the attention scores; ``None`` means ``head_dim ** -0.5``."""
-    ffn_name: Literal["mlp", "feed_forward"] = "mlp"
-    """The name of the feed-forward network in a layer."""
-    latent: LatentSpec | None = None
-    """The options of latent attention, in place of attention with grouped queries."""
-    ffn_activation: Activation = "silu"
-    experts: ExpertsSpec | None = None
-    """The experts, in place of the feed-forward network of some or all layers."""
-    ffn_inner_dims: tuple[int, ...] | None = None
-    """The inner width of the feed-forward network of each layer; ``None`` if all have ``ffn_inner_dim``."""
-    ffn_sparsity: tuple[float, ...] | None = None
-    """The share of the gates that are closed in each layer, by their distribution; ``None`` if none are."""
-    num_kv_shared_layers: int = 0
-    """The number of layers, from the last, that attend to the keys and values of the last layer before these with the
-    same window."""
-    final_logit_soft_cap: float | None = None
-    """The bound of the logits, which they approach as a hyperbolic tangent does."""
-    embed_scale: float = 1.0
-    """The factor of embeddings, applied in their dtype."""
     dropout_p: float = 0.0
     """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
 
@@ -150,15 +160,16 @@ class DecoderSpec:
             )
         require_symbol(self.pad_idx, self.vocab_size)
         require_dropout(self, "dropout_p")
+        self._check_layers()
+        self._check_shared_layers()
+
+    def _check_layers(self) -> None:
         if self.experts is not None and self.experts.layers is not None:
             strange = sorted(layer for layer in self.experts.layers if not 0 <= layer < self.num_layers)
             if strange:
                 raise ValueError(
                     f"the layers with experts must be among the {self.num_layers} layers, but {strange[0]} is not"
                 )
-        self._check_layers()
-
-    def _check_layers(self) -> None:
         for name in ("ffn_inner_dims", "ffn_sparsity"):
             given = getattr(self, name)
             if given is not None and len(given) != self.num_layers:
@@ -171,6 +182,8 @@ class DecoderSpec:
             require_size("each of `ffn_inner_dims`", width)
         if wrong := [share for share in self.ffn_sparsity or () if not 0 <= share < 1]:
             raise ValueError(f"`ffn_sparsity` must be in [0, 1), but one is {wrong[0]}")
+
+    def _check_shared_layers(self) -> None:
         if not 0 <= self.num_kv_shared_layers < self.num_layers:
             raise ValueError(
                 f"`num_kv_shared_layers` must be from 0 to {self.num_layers - 1}, one less than there are layers, but "
@@ -201,7 +214,6 @@ class DecoderSpec:
         return replace(
             same,
             attn_window_len=None,
-            num_full_attn_layers=0,
             full_attn_layers=frozenset(),
             chunked_attn=False,
             window_rope_theta=None,
@@ -225,9 +237,7 @@ class DecoderSpec:
 
     def window_of(self, layer: int) -> int | None:
         """Return the attention window of layer ``layer``, or ``None`` if it attends to all tokens before."""
-        full = layer < self.num_full_attn_layers or layer in self.full_attn_layers
-
-        return None if full else self.attn_window_len
+        return None if layer in self.full_attn_layers else self.attn_window_len
 
     def experts_of(self, layer: int) -> ExpertsSpec | None:
         """Return the experts of layer ``layer``, or ``None`` if it has a single feed-forward network."""

@@ -27,7 +27,7 @@ SPEC = DecoderSpec(
 VARIANTS = {
     "plain": SPEC,
     "window": replace(SPEC, attn_window_len=4),
-    "window-behind-full-layers": replace(SPEC, attn_window_len=3, num_full_attn_layers=2),
+    "window-behind-full-layers": replace(SPEC, attn_window_len=3, full_attn_layers=frozenset({0, 1})),
     "norms-biases-wide-heads": replace(
         SPEC, q_norm=True, k_norm=True, qkv_proj_bias=True, output_proj_bias=True, ffn_bias=True, head_dim=12
     ),
@@ -55,6 +55,17 @@ VARIANTS = {
         unrotated_layers=frozenset({1}),
         adjacent_rotary=True,
         norm_rotated=True,
+    ),
+    "keys-and-values-of-other-layers": replace(
+        SPEC,
+        num_layers=4,
+        attn_window_len=4,
+        full_attn_layers=frozenset({0, 3}),
+        num_kv_shared_layers=2,
+        v_norm=True,
+        ffn_inner_dims=(48, 24, 48, 96),
+        ffn_sparsity=(0.0, 0.9, 0.5, 0.0),
+        final_logit_soft_cap=3.0,
     ),
     "scaled-tied": replace(
         SPEC,
@@ -96,6 +107,9 @@ def ids(n: int, s: int, seed: int = 1) -> torch.Tensor:
         {"chunked_attn": True},
         {"adjacent_rotary": True},
         {"unrotated_layers": frozenset({1})},
+        {"v_norm": True},
+        {"ffn_sparsity": (0.5, 0.0, 0.0)},
+        {"final_logit_soft_cap": 2.0},
         {"rope_scaling": LinearScaling(factor=4.0)},
         {
             "rope_scaling": YaRNScaling(
