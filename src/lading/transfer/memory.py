@@ -7,6 +7,7 @@ import math
 import mmap
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -122,10 +123,21 @@ class _HostStage:
         dtype, cast = TORCH_DTYPES[source], TORCH_DTYPES[target]
         read = torch.frombuffer(self._map, dtype=dtype, count=size // dtype.itemsize, offset=begin)
         memory = self._arena.direct(place, read.numel() * cast.itemsize)
-        torch.frombuffer(memory, dtype=cast).copy_(read)
+        values = torch.frombuffer(memory, dtype=cast)
+        if dtype.is_floating_point and dtype.itemsize == 1 < cast.itemsize:
+            # torch casts float8 numbers one by one: 250 million a second on one core, and a table 1,500 million.
+            torch.index_select(_numbers(dtype, cast), 0, read.view(torch.uint8).to(torch.int32), out=values)
+        else:
+            values.copy_(read)
 
     def finish(self) -> None:
         pass
+
+
+@lru_cache(maxsize=32)
+def _numbers(dtype: torch.dtype, cast: torch.dtype) -> Tensor:
+    """Return the numbers of all bit patterns of a dtype of one byte, in another dtype."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).to(cast)
 
 
 class Copied(Protocol):
