@@ -23,6 +23,7 @@ from lading.operations.diff import diff_models
 from lading.operations.export import convert_checkpoint
 from lading.operations.plan import plan_load
 from tests.helpers.block_scaled import quantize_folder
+from tests.helpers.make_adapter import factors, write_adapter
 from tests.helpers.make_checkpoint import CONFIG
 from tests.servers.hostile import serve
 
@@ -220,3 +221,17 @@ def test_a_stream_reads_the_scales(
 
     assert report.streamed
     assert all(torch.equal(held(model)[name], plain[name].bfloat16()) for name in plain)
+
+
+def test_adapters_are_added_to_the_products(made: tuple[Path, dict[str, Tensor]], tmp_path: Path, home: Path) -> None:
+    folder, plain = made
+    write_adapter(tmp_path / "adapter", factors("model.layers.1.mlp.up_proj", 296, 144))
+    card = {"name": "tuned", "model_family": "qwen", "checkpoint": str(folder), "adapter": str(tmp_path / "adapter")}
+    import_cards([card], source="memory")
+
+    a, b = factors("x", 296, 144).values()
+    expected = plain[UP] + 2.0 * (b @ a)
+    exact = held(load_model("tuned", dtype=torch.float32, progress=False))[UP]
+    assert torch.allclose(exact, expected, rtol=1e-5, atol=1e-5)
+    rounded = held(load_model("tuned", dtype=torch.bfloat16, progress=False))[UP]
+    assert torch.equal(rounded, exact.bfloat16())
