@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lading import ModelCheckpointMismatchError, NotSupportedError
+from lading import AssetCard, ModelCheckpointMismatchError, NotSupportedError, check_model
 from lading.families import gemma3n
 from lading.families.gemma3n import Gemma3nAudioConfig, Gemma3nConfig, get_gemma3n_model_hub
 from lading.gangs import create_fake_gangs
 from lading.models.construct import create_model
+from lading.models.hub import load_with_report
 from lading.models.parallel_plan import ParallelPlan
 from lading.planning.rules import route
 
@@ -237,6 +239,25 @@ def test_keys_and_values_of_other_layers_are_needed(model: torch.nn.Module, tmp_
 
     with pytest.raises(ModelCheckpointMismatchError, match=r"missing: model\.layers\.1\.self_attn\.k_proj\.weight"):
         get_gemma3n_model_hub().load_custom_model(tmp_path / "model.safetensors", TINY, progress=False)
+
+
+def test_the_folder_of_a_whole_model(model: torch.nn.Module, tmp_path: Path, home: Path) -> None:
+    rename = LAYOUTS["whole"]
+    state = {rename(name): value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    further = [*(rename(f"model.{name}") for name in UNUSED), *(f"model.{name}" for name in OTHERS)]
+    save_file(state | {name: torch.ones(3) for name in further}, tmp_path / "model.safetensors")
+    whole = E2B | {"text_config": dict(gemma3n.FAMILY.to_hf(TINY))}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+
+    checked = check_model(AssetCard("tiny", {"checkpoint": str(tmp_path), "model_family": "gemma3n"}))
+    assert checked.fits
+    assert sorted(checked.dropped) == sorted(further)
+    loaded, report = load_with_report(AssetCard("tiny", {"checkpoint": str(tmp_path), "model_family": "gemma3n"}))
+    assert sorted(report.dropped) == sorted(further)
+    again = get_gemma3n_model_hub().load_model(tmp_path, progress=False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+        assert torch.equal(again.state_dict()[name], value), name
 
 
 # --- the module
