@@ -354,8 +354,8 @@ def test_a_peer_that_serves_its_cache(
         cli("import", tmp_path / "cards.yaml")
         monkeypatch.setenv("LADING_ENV", "elsewhere")
         cli("pull", "far", "--no-progress")
-    assert Path(cli("path", "far").stdout.strip()) == tmp_path / "other" / path.relative_to(cache)
-    assert_equal(load_model("far", dtype="auto", progress=False).state_dict(), tied(tensors()))
+        assert Path(cli("path", "far").stdout.strip()) == tmp_path / "other" / path.relative_to(cache)
+        assert_equal(load_model("far", dtype="auto", progress=False).state_dict(), tied(tensors()))
 
 
 @pytest.mark.few(1)
