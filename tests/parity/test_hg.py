@@ -116,14 +116,20 @@ CASES = [
         },
         {"input_features": MEL, "decoder_input_ids": IDS},
     ),
-    Case("experts", "MixtralForCausalLM", "MixtralConfig", DECODER | {"num_local_experts": 4}, shard="20KB"),
+    Case(
+        "experts",
+        "OlmoeForCausalLM",
+        "OlmoeConfig",
+        DECODER | {"num_experts": 4, "num_experts_per_tok": 2},
+        shard="20KB",
+    ),
     Case(
         "experts-and-dense",
-        "Qwen3MoeForCausalLM",
-        "Qwen3MoeConfig",
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
         DECODER
         | {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
-        | {"num_hidden_layers": 3, "head_dim": 8},
+        | {"num_hidden_layers": 3, "shared_expert_intermediate_size": 24},
     ),
     Case(
         "two-towers",
