@@ -39,8 +39,8 @@ class Split(Enum):
     maps tokens, the indices of the networks of each, and their weights to weighted sums; with indices that it lacks, it
     skips them. All ranks pass the same, each applies its own networks, and all get the sum."""
     FEATURES = "features"
-    """A module without parameters that maps features to as many, of which each rank has its own, as after ``COLUMN``:
-    what it computes of all features, such as their mean, is that of all ranks."""
+    """A module without parameters from features to as many features, split over the ranks as after ``COLUMN``.
+    Statistics over the features, such as their mean, are those of all ranks."""
     REPLICATED = "replicated"
     """A module that all ranks hold and compute alike, with parameters on the same mesh as those that are split."""
 

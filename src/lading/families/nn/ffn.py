@@ -53,8 +53,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 class GaussianTopK(nn.Module):
     """The statistical top-k of Spark Transformer (https://arxiv.org/abs/2506.06644), which needs no sorting.
 
-    What a normal distribution of the same mean and deviation has below its quantile becomes zero, and the rest is
-    counted from there.
+    Elements below a quantile of the normal distribution with their mean and deviation become zero; it is subtracted
+    from the others.
 
     :param share: the share of the elements that become zero, if they are distributed normally.
     """
