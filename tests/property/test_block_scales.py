@@ -13,7 +13,17 @@ from safetensors.torch import save_file
 from lading.checkpoints.checkpoint import path_checkpoint
 from lading.models.tensors import read_tensors
 from lading.planning.box import Box
-from lading.planning.composition import Joined, Regroup, Reordered, Sliced, Source, Stacked, shape_of
+from lading.planning.composition import (
+    Joined,
+    Regroup,
+    Reordered,
+    Sliced,
+    Source,
+    Stacked,
+    Transposed,
+    Unfolded,
+    shape_of,
+)
 from tests.helpers.block_scaled import values
 from tests.property.test_compose import compose, part_of
 
@@ -31,9 +41,11 @@ def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
 def sources(draw: st.DrawFn) -> tuple[Source, list[tuple[int, ...]]]:
     """A source of one or two matrices, or of a stack of them in one tensor."""
     rows, columns = draw(SIZES), draw(SIZES)
-    kind = draw(st.sampled_from(["tensor", "joined", "stacked", "both", "reordered", "sliced", "experts"]))
+    kind = draw(st.sampled_from(["tensor", "joined", "stacked", "both", "reordered", "sliced", "experts", "folded"]))
     if kind == "experts":
         return 0, [(draw(st.integers(1, 3)), min(rows, 140), columns)]
+    if kind == "folded":
+        return draw(st.sampled_from([Transposed(0), Unfolded(2, 0), Transposed(Unfolded(2, 0))])), [(rows * 2, columns)]
     if kind == "reordered":
         dim = draw(st.sampled_from([0, 1]))
         shape = (rows * 2, columns) if dim == 0 else (rows, columns * 2)
@@ -83,5 +95,9 @@ def _renumbered(source: Source, place: dict[str, int]) -> Source:
         return Reordered(source.order, _renumbered(source.source, place))
     if isinstance(source, Sliced):
         return Sliced(source.dim, source.start, source.size, _renumbered(source.source, place))
+    if isinstance(source, Transposed):
+        return Transposed(_renumbered(source.source, place))
+    if isinstance(source, Unfolded):
+        return Unfolded(source.count, _renumbered(source.source, place))
     parts = tuple(_renumbered(part, place) for part in source.parts)
     return Joined(source.dim, parts) if isinstance(source, Joined) else Stacked(parts)

@@ -198,6 +198,9 @@ def test_scales_are_verified_as_all_other_bytes(
     load_model("scaled", progress=False)
     _, again = load_with_report("scaled", verify="always", progress=False)
     assert again.verified is not False
+    convert_checkpoint("scaled", tmp_path / "plain", verify="always", progress=False)
+    written = load_file(tmp_path / "plain" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in made[1].items())
 
     manifest = index(folder)
     at = manifest.offsets[manifest.names.index(SCALES)]
@@ -207,6 +210,8 @@ def test_scales_are_verified_as_all_other_bytes(
     path.write_bytes(data)
     with pytest.raises(DigestMismatchError):
         load_model("scaled", verify="always", progress=False)
+    with pytest.raises(DigestMismatchError):
+        convert_checkpoint("scaled", tmp_path / "damaged", verify="always", progress=False)
 
 
 def test_a_stream_reads_the_scales(
