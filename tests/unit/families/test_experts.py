@@ -148,6 +148,22 @@ def test_an_expert_that_is_missing_is_named(home: Path, tmp_path: Path, name: st
         load_model(save(tmp_path / "model", name, state))
 
 
+@pytest.mark.parametrize("number", ["11", "007", "9" * 400, "-1", "²"], ids=lambda number: number[:3])
+@each_family
+def test_an_expert_with_a_number_of_none(home: Path, tmp_path: Path, name: str, number: str) -> None:
+    state = separate(new(name).state_dict(), name)
+    module, gate, *_ = NAMES[name]
+    layer = f"model.layers.2.{module}.experts."
+    state[f"{layer}{number}.{gate}.weight"] = state.pop(f"{layer}7.{gate}.weight")
+    folder = save(tmp_path / "model", name, state)
+
+    if number == "007":  # a number all the same
+        assert check_model(folder).fits
+        return
+    with pytest.raises(ModelCheckpointMismatchError):
+        load_model(folder)
+
+
 @each_family
 def test_fewer_experts_than_the_configuration_states(home: Path, tmp_path: Path, name: str) -> None:
     state = {key: value for key, value in separate(new(name).state_dict(), name).items() if ".experts.10." not in key}
