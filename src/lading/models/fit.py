@@ -335,8 +335,7 @@ def _quantized(manifest: Manifest, targets: Targets, routed: Route) -> list[int]
         for tensor in tensors_of(source)
         if _is_float(targets, target)
         and manifest.dtypes[tensor] not in FLOATS
-        and tensor not in manifest.scales
-        and not (manifest.scales and manifest.dtypes[tensor] in SCALED)  # its scales are missing
+        and not (manifest.scales and manifest.dtypes[tensor] in SCALED)  # with scales, or a problem without
     ]
 
 
