@@ -63,8 +63,8 @@ class Llama4Config(LLaMAConfig):
     """The experts in place of feed-forward networks."""
 
     attention_chunk_size: int = 8192
-    """The number of tokens in a chunk, beyond which tokens do not attend in layers with rotary embeddings; 0 means that
-    there are no chunks."""
+    """The number of tokens in a chunk, beyond which tokens do not attend in layers with rotary embeddings; 0 means no
+    chunks."""
 
     use_qk_norm: bool = False
     """True if queries and keys are normalized, without a weight, in layers with rotary embeddings."""
@@ -154,7 +154,7 @@ def _each(step: int | None, num_layers: int) -> range:
 
 
 def _step_of(layers: Sequence[int], num_layers: int) -> int | None:
-    """Return the step for which :func:`_each` returns ``layers``, or ``None`` if there is none."""
+    """Return the step for which :func:`_each` returns ``layers``, or ``None`` if no step does."""
     step = layers[0] + 1 if layers else num_layers + 1
 
     return step if list(layers) == list(_each(step, num_layers)) else None
