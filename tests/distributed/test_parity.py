@@ -213,7 +213,7 @@ def test_two_ranks(pool2: Pool, folders: dict[str, Path], family: str, axes: Axe
     compare(pool2, folders[family], axes)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("family", "axes"),
     [
