@@ -86,7 +86,11 @@ def list_models(
     """
     c = (union_all(_all_of(_ASSETS), _all_of(_UNREGISTERED)) if wanted.unregistered else _all_of(_ASSETS)).subquery().c
     size = _size_of(c.bytes, c.parameters)
-    base_only = literal(value=False) if wanted.include_all else _is_base_only(c.name, c.arch, c.checkpoint)
+    base_only = (
+        literal(value=False)
+        if wanted.include_all
+        else _is_base_only(c.name, c.arch, or_(c.checkpoint.is_(None), c.status == "gated"))
+    )
     statement = select(*(c[name] for name in _COLUMNS), base_only)
     statement = statement.order_by(*([size.desc().nulls_last()] if wanted.sort == "size" else []), c.name)
     if not wanted.include_all:
@@ -125,7 +129,7 @@ def list_models(
             if pattern is None or fnmatchcase(row[0], pattern):
                 card = overlaid[row[0]]() if row[0] in overlaid else None
                 model = as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
-                if is_base and model.checkpoint is None and model.problem is None:
+                if is_base and (model.checkpoint is None or model.status == "gated") and model.problem is None:
                     continue
                 if model.status in WITHOUT_CARD and not path_exists(model.local_path or ""):
                     continue  # it is gone, or on another machine
@@ -140,12 +144,12 @@ def list_models(
 
 
 def _is_base_only(
-    name: SQLColumnExpression[Any], arch: SQLColumnExpression[Any], checkpoint: SQLColumnExpression[Any]
+    name: SQLColumnExpression[Any], arch: SQLColumnExpression[Any], no_weights: ColumnElement[bool]
 ) -> ColumnElement[bool]:
-    """Return the condition that a card only serves as a base: it has neither numbers nor weights of its own."""
+    """Return the condition that a card only serves as a base: it has no numbers, and no weights that can be fetched."""
     others = CARDS.alias()
 
-    return and_(arch.is_(None), checkpoint.is_(None), select(others.c.id).where(others.c.base == name).exists())
+    return and_(arch.is_(None), no_weights, select(others.c.id).where(others.c.base == name).exists())
 
 
 def _size_of(bytes_: ColumnElement[int], parameters: ColumnElement[int]) -> ColumnElement[int]:
@@ -268,7 +272,8 @@ def near_names(session: Session, name: str, *, models: bool) -> list[str]:
     """Return the names of cards (or only of models) that ``name`` may mean, the nearest first."""
     conditions = [CardRow.env == ""]
     if models:
-        conditions += [CardRow.family.is_not(None), ~_is_base_only(CardRow.name, CardRow.arch, CardRow.checkpoint_uri)]
+        no_weights = or_(CardRow.checkpoint_uri.is_(None), CardRow.gated == 1)
+        conditions += [CardRow.family.is_not(None), ~_is_base_only(CardRow.name, CardRow.arch, no_weights)]
     statement = select(CardRow.name).where(*conditions).order_by(CardRow.name).limit(_FEW + 1)
     known = session.scalars(statement).all()
     if len(known) > _FEW:
