@@ -168,7 +168,7 @@ def test_patterns(cli: Cli, fleet: Path, tmp_path: Path, monkeypatch: pytest.Mon
     make(tmp_path / "runs" / "a1")
     for path in ("runs/a[1]", "./runs/a[1]", tmp_path / "runs" / "a[1]"):
         assert json.loads(cli("check", path, "--json").stdout)["name"] == str(path)
-    assert "no such file" in cli("check", "./runs/b*", code=2).stderr
+    assert "the path does not exist" in cli("check", "./runs/b*", code=2).stderr
 
 
 def test_wrong_words(cli: Cli, catalog: Path) -> None:

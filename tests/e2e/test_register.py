@@ -17,18 +17,17 @@ from lading.errors import (
     NotSupportedError,
 )
 from lading.families.qwen import get_qwen_model_hub
-from tests.helpers.cached_repository import CONFIG
 from tests.helpers.make_adapter import Q_PROJ, factors, write_adapter
-from tests.helpers.make_checkpoint import make, qwen_config, tensors
+from tests.helpers.make_checkpoint import CARD_CONFIG, make, qwen_config, tensors
 
 
 @pytest.fixture(autouse=True)
 def _base(catalog: Path, tmp_path: Path) -> None:
     """A catalog with a card `base` of an architecture `tiny_arch`."""
     path = tmp_path / "base.yaml"
-    values = CONFIG.partition("model_config:\n")[2]
+    values = CARD_CONFIG.removeprefix("model_config: ")
     path.write_text(
-        f"architecture: tiny_arch\nfamily: qwen\nconfig:\n{values}---\n"
+        f"architecture: tiny_arch\nfamily: qwen\nconfig: {values}---\n"
         "name: base\nmodel_family: qwen\nmodel_arch: tiny_arch\nlicense: mit\ncheckpoint: hg://org/base\n"
     )
     lading.import_cards(path)

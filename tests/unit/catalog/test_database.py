@@ -81,7 +81,7 @@ def test_the_first_use_of_a_server_makes_everything(tmp_path: Path, postgresql: 
 
 
 def test_without_leave_nothing_is_made(tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match=r"no catalog at .*catalog\.sqlite yet\. `lading list` makes one"):
+    with pytest.raises(CatalogError, match=r"No catalog exists at .*catalog\.sqlite yet\. `lading list` makes one"):
         open_catalog_readonly(settings_in(tmp_path))
     assert not (tmp_path / "catalog.sqlite").exists()
 

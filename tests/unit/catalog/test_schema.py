@@ -345,7 +345,7 @@ def test_downgrade_to_no_version(tmp_path: Path, to: str) -> None:
 
 
 def test_downgrade_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match="no catalog"):
+    with pytest.raises(CatalogError, match="No catalog"):
         lifecycle.downgrade(settings_in(tmp_path), "0")
 
 
@@ -381,7 +381,7 @@ def test_check_finds_what_drifted(tmp_path: Path, sql: str, words: str) -> None:
 
 
 def test_check_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match="no catalog"):
+    with pytest.raises(CatalogError, match="No catalog"):
         check_catalog(settings_in(tmp_path))
 
 
@@ -413,7 +413,7 @@ def test_backup(tmp_path: Path) -> None:
 
 
 def test_backup_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match="no catalog at"):
+    with pytest.raises(CatalogError, match="No catalog exists at"):
         lifecycle.backup(settings_in(tmp_path))
 
 

@@ -128,7 +128,7 @@ def test_an_adapter_of_one_expert_is_exported_with_it(home: Path, tmp_path: Path
         expected[key] = state[key] + b @ a * 2.0
     write_adapter(tmp_path / "adapter", adapter)
     card = {"name": "tuned", "model_family": name, "model_config": asdict(CONFIGS[name])}
-    import_cards([card | {key: str(tmp_path / key) for key in ("checkpoint", "adapter")}], source="memory")
+    import_cards([card | {key: str(tmp_path / key) for key in ("checkpoint", "adapter")}])
     convert_checkpoint("tuned", tmp_path / "out", shard_size=20_000, progress=False)
 
     files = sorted((tmp_path / "out").glob("*.safetensors"))

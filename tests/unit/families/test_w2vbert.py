@@ -292,7 +292,6 @@ def test_checks_and_loads(tmp_path: Path, home: Path) -> None:
                 },
             },
         ],
-        source="memory",
     )
 
     assert check_model("tiny_w2vbert").fits

@@ -194,7 +194,7 @@ def test_scales_are_verified_as_all_other_bytes(
     made: tuple[Path, dict[str, Tensor]], tmp_path: Path, home: Path
 ) -> None:
     folder = broken(made[0], tmp_path / "x", lambda state: None)
-    import_cards([{"name": "scaled", "model_family": "qwen", "checkpoint": str(folder)}], source="memory")
+    import_cards([{"name": "scaled", "model_family": "qwen", "checkpoint": str(folder)}])
     load_model("scaled", progress=False)
     _, again = load_with_report("scaled", verify="always", progress=False)
     assert again.verified is not False
@@ -221,7 +221,7 @@ def test_a_stream_reads_the_scales(
     monkeypatch.delenv("LADING_OFFLINE")
     with serve({f"/m/{path.name}": path.read_bytes() for path in folder.iterdir()}) as server:
         card = {"name": "far", "model_family": "qwen", "checkpoint": server.url("/m/model.safetensors")}
-        import_cards([card | {"model_config": CARD}], source="memory")
+        import_cards([card | {"model_config": CARD}])
         model, report = load_with_report("far", stream=True, dtype="bf16", progress=False)
 
     assert report.streamed
@@ -232,7 +232,7 @@ def test_adapters_are_added_to_the_products(made: tuple[Path, dict[str, Tensor]]
     folder, plain = made
     write_adapter(tmp_path / "adapter", factors("model.layers.1.mlp.up_proj", 296, 144))
     card = {"name": "tuned", "model_family": "qwen", "checkpoint": str(folder), "adapter": str(tmp_path / "adapter")}
-    import_cards([card], source="memory")
+    import_cards([card])
 
     a, b = factors("x", 296, 144).values()
     expected = plain[UP] + 2.0 * (b @ a)
