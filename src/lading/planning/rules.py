@@ -32,9 +32,9 @@ from lading.planning.composition import (
 class Rule:
     """A mapping from ``source``, the name of a tensor in the checkpoint, to ``target``, the parameter that it makes.
 
-    Both are patterns: ``{n}``, with any lowercase name in the braces, matches a number, ``{rest*}`` any text. A
-    placeholder has the same value in the target as in the source. A ``target`` of ``None`` means that the tensor is
-    known and not needed.
+    Both are patterns: ``{n}``, with any lowercase name in the braces, matches a number of at most nine digits,
+    ``{rest*}`` any text. A placeholder has the same value in the target as in the source. A ``target`` of ``None``
+    means that the tensor is known and not needed.
 
     If several tensors make one target, the rule of each gives its position in the target::
 
@@ -62,7 +62,8 @@ class Rule:
     stack: str | None = None
     """The placeholder with the index of the tensor along a new first dim of the target; ``target`` does not use it."""
     order: Regroup | None = None
-    """The reordering of its indices along a dim, before anything except the joining of parts that ranks saved."""
+    """The reordering of its indices along a dim: after ``unfold`` and ``transpose``, and before everything else except
+    the joining of parts that ranks saved."""
     computed: bool = False
     """Without a target: whether the tensor holds nothing that was trained, such as a buffer that the model computes."""
     cut: tuple[int, int, int | None] | None = None
@@ -243,6 +244,8 @@ def parts_of(target: str, shape: tuple[int, ...], rules: Sequence[Rule]) -> list
     made = [(match, rule) for rule in rules if (match := _pattern(rule.target or "")[0].fullmatch(target))]
     if not made:
         return [(target, shape, Box.whole(shape))]
+    if any(rule.order or rule.cut or rule.unfold or rule.transpose for _, rule in made):
+        raise InternalError(f"rules of {target} that do more than join and stack are not applied backwards")
 
     found: list[tuple[str, tuple[int, ...], Box]] = []
     for index in range(shape[0]) if made[0][1].stack else (0,):
@@ -273,7 +276,7 @@ class _Position:
     rule: Rule | None = None
     """The rule of the tensor, if it does more than rename."""
     extent: int = 0
-    """The indices that all rules together cut out of the tensor."""
+    """The indices that all rules together cut out of the tensor; -1 if one of them cuts up to the end."""
 
     @property
     def key(self) -> tuple[int, int, tuple[int, int]]:
@@ -292,7 +295,9 @@ def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, s
     extents: dict[str, int] = {}
     for rule in rules:
         if rule.cut is not None:
-            extents[rule.source] = max(extents.get(rule.source, 0), rule.cut[1] + (rule.cut[2] or 0))
+            _, start, size = rule.cut
+            extent = extents.get(rule.source, 0)
+            extents[rule.source] = -1 if size is None or extent < 0 else max(extent, start + size)
     any_rule = re.compile("|".join(f"(?:{_GROUP_NAME.sub('(?:', pattern.pattern)})" for pattern, _, _ in compiled))
 
     for i, name in enumerate(names):
@@ -370,7 +375,9 @@ def _compose(
             else:
                 found = source
 
-    if found is None:
+    # A cut up to the end succeeds at any extent, so a composition of another shape says less than the failure.
+    is_open = any(place is not None and place.extent < 0 for _, place in places)
+    if found is None or (is_open and error is not None):
         raise error or InternalError("no composition of a target was tried")
 
     return found  # its shape differs from the target's: the caller reports it with all other mismatches
@@ -438,10 +445,13 @@ def _arrange(
         source = Transposed(source)
     if rule.cut is not None:
         dim, start, size = rule.cut
-        held = (*shape_of(source, shapes), 0)[dim]
+        shape = shape_of(source, shapes)
+        held = shape[dim] if dim < len(shape) else 0
         if size is None:
             size = max(0, held - start)  # of a tensor that ends before, a slice that does not exist
         if dim == tp_dim and ranks > 1:
+            if place.extent < 0:
+                raise ValueError("parts that ranks saved cannot be cut by a rule without a size")
             if start % ranks or size % ranks or held * ranks != place.extent:
                 raise ValueError(f"{ranks} ranks with {held} indices each hold no equal shares of {place.extent}")
         else:
@@ -469,7 +479,7 @@ def _pattern(text: str) -> tuple[re.Pattern[str], list[str]]:
     known: list[str] = []
     for match in _PLACEHOLDER.finditer(text):
         pattern += re.escape(text[at : match.start()])
-        pattern += f"(?P<{match[1]}>{'.+' if match[2] else '[0-9]+'})"
+        pattern += f"(?P<{match[1]}>{'.+' if match[2] else '[0-9]{1,9}'})"
         known.append(match[1])
         at = match.end()
 

@@ -6,7 +6,7 @@ import pytest
 
 from lading.errors import InternalError
 from lading.planning.composition import Joined, Regroup, Reordered, Sliced, Stacked, Transposed, Unfolded
-from lading.planning.rules import Rule, rename, route
+from lading.planning.rules import Rule, parts_of, rename, route
 
 RULES = (
     Rule("{rest*}.rotary_emb.inv_freq", None),
@@ -25,6 +25,12 @@ def test_placeholders_mean_the_same_on_both_sides() -> None:
 
 def test_a_number_is_digits_only() -> None:
     assert rename(["layers.x.w"], RULES) == ["layers.x.w"]
+
+
+def test_a_number_with_too_many_digits_to_be_one_matches_no_rule() -> None:
+    name = f"experts.{'9' * 5000}.w2"
+
+    assert route([name], ["experts.down"], EXPERTS).unexpected == (name,)
 
 
 def test_what_has_no_target_is_dropped() -> None:
@@ -201,11 +207,39 @@ def test_a_cut_to_the_end_takes_all_rows(rows: int) -> None:
     assert dict(found.composed) == {0: Joined(0, (Sliced(0, 2, rows - 2, 0), Sliced(0, 0, 2, 0)))}
 
 
-@pytest.mark.parametrize("shape", [(), (1, 4)])
-def test_a_cut_to_the_end_of_a_tensor_that_ends_before(shape: tuple[int, ...]) -> None:
-    rules = (Rule("x", "y", cut=(0, 2, None)),)
+@pytest.mark.parametrize(("dim", "shape"), [(0, ()), (0, (1, 4)), (1, ()), (1, (5,)), (1, (4, 1))])
+def test_a_cut_to_the_end_of_a_tensor_that_ends_before(dim: int, shape: tuple[int, ...]) -> None:
+    rules = (Rule("x", "y", cut=(dim, 2, None)),)
 
     assert [name for name, _ in route(["x"], ["y"], rules, shapes=[shape], target_shapes=[(2, 4)]).incomplete] == ["y"]
+
+
+@pytest.mark.parametrize(("rows", "failed"), [(3, ["q", "k"]), (5, ["k"])])
+def test_a_cut_to_the_end_of_parts_that_ranks_saved(rows: int, failed: list[str]) -> None:
+    rules = (Rule("qkv", "q", cut=(0, 0, 4)), Rule("qkv", "k", cut=(0, 4, None)))
+    names, targets = ["qkv#0", "qkv#1"], ["q", "k"]
+
+    parts = route(names, targets, rules, shapes=[(rows, 3)] * 2, target_shapes=[(4, 3), (2 * rows - 4, 3)])
+    reason = "parts that ranks saved cannot be cut by a rule without a size"
+    assert parts.incomplete == tuple((name, reason) for name in failed)
+
+    # Of copies, the first is used.
+    copies = route(names, targets, rules, shapes=[(6, 3)] * 2, target_shapes=[(4, 3), (2, 3)])
+    assert dict(copies.composed) == {0: Sliced(0, 0, 4, 0), 1: Sliced(0, 4, 2, 0)}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("x", "y", order=Regroup(0, 2, 2)),
+        Rule("x", "y", cut=(0, 0, 4)),
+        Rule("x", "y", unfold=2),
+        Rule("x", "y", transpose=True),
+    ],
+)
+def test_only_rules_that_join_and_stack_are_applied_backwards(rule: Rule) -> None:
+    with pytest.raises(InternalError, match="not applied backwards"):
+        parts_of("y", (4, 4), [rule])
 
 
 def test_what_is_re_ordered_is_composed_of_one_tensor() -> None:
@@ -221,7 +255,7 @@ def test_what_is_re_ordered_is_composed_of_one_tensor() -> None:
     ("names", "rules", "why"),
     [
         (["q.0", "k.0"], (CONCATENATED[0], Rule("k.{n}", "qkv.{n}", concat=(0, 2))), "number 1 is missing"),
-        (["experts.0.w2", "experts.99999999999.w2"], EXPERTS, "number 1 is missing"),
+        (["experts.0.w2", "experts.999999999.w2"], EXPERTS, "number 1 is missing"),
         (["experts.0.w2", "experts.1.w2"], EXPERTS, r"\[2, 3\], \[3, 3\] cannot be stacked"),
         (["x#0", "x#2"], (Rule("x", "experts.down"),), "tensor-parallel parts, number 1 is missing"),
         (["x#0.1"], (Rule("x", "experts.down"),), "sharded parts, number 0 is missing"),
