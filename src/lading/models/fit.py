@@ -18,7 +18,7 @@ from lading.models.adapters import NO_MERGE, Merge, match_adapters
 from lading.models.family import Family
 from lading.models.shapes import targets_of_config
 from lading.models.targets import Targets
-from lading.planning.block_scales import SCALE_DTYPE, scale_shape
+from lading.planning.block_scales import misfits_of_scales, scale_shape
 from lading.planning.composition import Source, shape_of, tensors_of, with_tensors
 from lading.planning.rules import Route, route
 from lading.system.display import counted, human_bytes, human_count, representation
@@ -93,6 +93,8 @@ class Match:
         first: dict[object, int] = {}
 
         def in_place_of(tensor: int) -> int:
+            if tensor in manifest.scales:
+                return tensor  # its values depend on other bytes, too
             place = manifest.shard_ids[tensor], manifest.offsets[tensor], manifest.pieces.get(tensor)
             return first.setdefault((place, manifest.dtypes[tensor], manifest.shapes[tensor]), tensor)
 
@@ -348,7 +350,7 @@ def _problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
 
     found += [f"incomplete: {name}: {why}" for name, why in routed.incomplete]
 
-    found += _problems_of_scales(manifest, routed)
+    found += problems_of_scales(manifest, routed)
 
     for target, source in [*routed.sources(), *routed.duplicates]:
         name, shape = name_of(source, manifest), shape_of(source, manifest.shapes)
@@ -363,7 +365,7 @@ def _problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
     return found
 
 
-def _problems_of_scales(manifest: Manifest, routed: Route) -> list[str]:
+def problems_of_scales(manifest: Manifest, routed: Route) -> list[str]:
     """Return what is missing or does not fit among the scales of blocks, one line each."""
     of_others = set(manifest.scales.values())
     found = [
@@ -371,18 +373,12 @@ def _problems_of_scales(manifest: Manifest, routed: Route) -> list[str]:
         for i, name in enumerate(manifest.names)
         if name.endswith(SCALE_SUFFIX) and i not in of_others and name not in routed.unexpected
     ]
-    needed = [t for _, source in (*routed.sources(), *routed.duplicates) for t in tensors_of(source)]
+    needed = dict.fromkeys(t for _, source in (*routed.sources(), *routed.duplicates) for t in tensors_of(source))
     for tensor in needed if manifest.scales else ():
-        shape = scale_shape(manifest.shapes[tensor])
-        if (scales := manifest.scales.get(tensor)) is None:
-            if manifest.dtypes[tensor] in SCALED:
-                found.append(f"missing: {manifest.names[tensor]}{SCALE_SUFFIX} {list(shape)}")
-            continue
-        name, stored, is_ = manifest.names[scales], manifest.dtypes[scales], manifest.shapes[scales]
-        if is_ != shape:
-            found.append(f"mis-shaped: {name} is expected to be {list(shape)}, but is {list(is_)}")
-        if stored != SCALE_DTYPE:
-            found.append(f"of another dtype: {name} is expected to be {SCALE_DTYPE}, but is {stored}")
+        if manifest.dtypes[tensor] in SCALED and tensor not in manifest.scales:
+            shape = scale_shape(manifest.shapes[tensor])
+            found.append(f"missing: {manifest.names[tensor]}{SCALE_SUFFIX} {list(shape)}")
+        found += misfits_of_scales(manifest, tensor)
 
     return found
 

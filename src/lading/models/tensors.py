@@ -17,6 +17,7 @@ from lading.formats.manifest import Manifest
 from lading.gangs import Gangs
 from lading.models.construct import build_on_meta, split
 from lading.models.family import Family
+from lading.models.fit import problems_of_scales
 from lading.models.targets import Targets
 from lading.planning.block_scales import with_scales
 from lading.planning.box import Box
@@ -154,8 +155,8 @@ def iter_tensors(
     For a parameter that is split over ``gangs``, this yields the part of this rank. It skips other stages of a
     pipeline; a table that stages share has its name in the checkpoint.
 
-    :raises ModelCheckpointMismatchError: parts that make a parameter together are missing, or claim the same place; or
-        a tensor that would be cut is not of the shape of its parameter.
+    :raises ModelCheckpointMismatchError: parts that make a parameter together are missing, or claim the same place;
+        scales do not fit their tensor; or a tensor that would be cut is not of the shape of its parameter.
     :raises NotSupportedError: a tensor has a dtype that torch lacks.
     """
     manifest = checkpoint.manifest
@@ -206,6 +207,7 @@ def _made(checkpoint: Checkpoint, family: Family[Any, Any], config: Any, targets
     made = route(manifest.names, names, rules, shapes=manifest.shapes, target_shapes=target_shapes)
     problems = [f"claimed by {len(by)} tensors: {name} by {', '.join(by)}" for name, by in made.clashes]
     problems += [f"incomplete: {name}: {why}" for name, why in made.incomplete]
+    problems += problems_of_scales(manifest, made)
     if problems:
         raise ModelCheckpointMismatchError(
             checkpoint.where,

@@ -27,6 +27,21 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
 
 
+def misfits_of_scales(manifest: Manifest, tensor: int) -> list[str]:
+    """Return how the scales of a tensor are not as they should be, one line each; nothing for one without scales."""
+    if (scales := manifest.scales.get(tensor)) is None:
+        return []
+
+    name, shape, dtype = manifest.names[scales], manifest.shapes[scales], manifest.dtypes[scales]
+    found: list[str] = []
+    if shape != (expected := scale_shape(manifest.shapes[tensor])):
+        found.append(f"mis-shaped: {name} is expected to be {list(expected)}, but is {list(shape)}")
+    if dtype != SCALE_DTYPE:
+        found.append(f"of another dtype: {name} is expected to be {SCALE_DTYPE}, but is {dtype}")
+
+    return found
+
+
 def touched_blocks(selection: Selection) -> Box:
     """Return the box of the scales of all blocks that a part of a tensor touches; the part is not empty."""
     return _touched(selection.starts, selection.sizes, selection.steps)

@@ -6,7 +6,7 @@ import math
 import mmap
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lading.formats.manifest import BITS, BLOCK, Manifest
-from lading.planning.block_scales import SCALE_DTYPE, scale_shape
+from lading.planning.block_scales import SCALE_DTYPE, misfits_of_scales
 from lading.planning.box import Box
 from lading.planning.plan import PAGE
 from lading.transfer.drive import COLD_THREADS, busy, cores, drive
@@ -89,14 +89,7 @@ class Files(NamedTuple):
 
     def has_values(self, tensor: int) -> bool:
         """Return whether the values of a tensor can be read: torch has its dtype, and its scales are as they should."""
-        manifest = self.manifest
-        scales = manifest.scales.get(tensor)
-        fits = scales is None or (manifest.dtypes[scales], manifest.shapes[scales]) == (
-            SCALE_DTYPE,
-            scale_shape(manifest.shapes[tensor]),
-        )
-
-        return fits and manifest.dtypes[tensor] in TORCH_DTYPES
+        return self.manifest.dtypes[tensor] in TORCH_DTYPES and not misfits_of_scales(self.manifest, tensor)
 
 
 def compare_tensors(
@@ -160,14 +153,16 @@ class _Side(NamedTuple):
 
         scales = self.manifest.scales[tensor]
         shape, blocks = self.manifest.shapes[tensor], self.manifest.shapes[scales]
-        with closing(mmap.mmap(-1, self.manifest.nbytes(scales) + PAGE)) as memory:
-            factors = self._read_stored(scales, 0, math.prod(blocks), memory).clone()
-        rows = torch.arange(first, first + count) // shape[-1]
-        columns = torch.arange(first, first + count) % shape[-1]
+        at = torch.arange(first, first + count)
+        rows, columns = at // shape[-1], at % shape[-1]
         matrix, row = rows // shape[-2], rows % shape[-2]
         block = (matrix * blocks[-2] + row // BLOCK) * blocks[-1] + columns // BLOCK
+        low, high = int(block.min()), int(block.max()) + 1
+        # This memory is freed with its last view.
+        memory = mmap.mmap(-1, (high - low) * BITS[SCALE_DTYPE] // 8 + PAGE)
+        factors = self._read_stored(scales, low, high - low, memory)
 
-        return values.to(torch.float32).mul_(factors[block])
+        return values.to(torch.float32).mul_(factors[block - low])
 
     def _read_stored(self, tensor: int, first: int, count: int, buffer: mmap.mmap) -> Tensor:
         dtype = TORCH_DTYPES[self.manifest.dtypes[tensor]]
@@ -226,12 +221,13 @@ class _Comparison:
         buffers = [mmap.mmap(-1, _STEP + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
         for pair, first, count in steps:
             i, j = self._pairs[pair]
+            bits = BITS[self._a.manifest.dtypes[i]] + BITS[self._b.manifest.dtypes[j]]
             x, y = self._a.read(i, first, count, buffers[0]), self._b.read(j, first, count, buffers[1])
             if x.dtype != y.dtype or not _has_same_bytes(x, y):
                 found = difference(x, y, self.dtypes[pair][1])
                 with self._lock:
                     self.found[pair] = self.found[pair].joined(found)
-            yield count * (x.itemsize + y.itemsize)
+            yield count * bits // 8
 
 
 def compared_as(a: str, b: str) -> tuple[str, torch.dtype]:

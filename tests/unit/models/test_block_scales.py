@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lading.catalog.import_cards import import_cards
-from lading.errors import DigestMismatchError, LadingError, ModelCheckpointMismatchError, NotSupportedError
+from lading.errors import (
+    CorruptModelCheckpointError,
+    DigestMismatchError,
+    LadingError,
+    ModelCheckpointMismatchError,
+    NotSupportedError,
+)
 from lading.families.hg import get_hg_model_hub
 from lading.formats import index
+from lading.formats.manifest import SCALE_SUFFIX
 from lading.gangs import simulate_gangs
+from lading.models.fit import problems_of_scales
 from lading.models.hf_config import family_of_folder
 from lading.models.hub import ModelHub, load_model, load_with_report
 from lading.operations.check import check_model
 from lading.operations.diff import diff_models
 from lading.operations.export import convert_checkpoint
 from lading.operations.plan import plan_load
-from tests.helpers.block_scaled import quantize_folder
+from lading.planning.rules import Rule, route
+from lading.system.filesystem import FileStat
+from lading.transfer import compare
+from lading.transfer.compare import Files, compare_tensors
+from lading.transfer.files import ShardFile
+from tests.helpers.block_scaled import quantize, quantize_folder
 from tests.helpers.make_adapter import factors, write_adapter
 from tests.helpers.make_checkpoint import CONFIG
+from tests.helpers.published_experts import manifest_of
 from tests.servers.hostile import serve
 
 SIZES = {"hidden_size": 144, "intermediate_size": 296, "head_dim": 36, "num_attention_heads": 8}
@@ -111,13 +126,33 @@ def test_a_conversion_writes_plain_tensors(made: tuple[Path, dict[str, Tensor]],
     assert all(torch.equal(kept[name], plain[name].bfloat16()) for name in plain)
 
 
-def test_a_comparison_is_of_values(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [4096, 4 << 20])
+def test_a_comparison_is_of_values(
+    made: tuple[Path, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    monkeypatch.setattr(compare, "_STEP", step)
     folder, _ = made
     convert_checkpoint(folder, tmp_path / "exact", dtype=torch.float32, progress=False)
 
     report = diff_models(folder, tmp_path / "exact", values=True)
     assert report.values[UP].compared_as == "F32"
     assert all(found.equal for found in report.values.values())
+
+
+def test_a_comparison_with_a_file_that_ends_within_the_scales(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    header = {
+        "w": {"dtype": "F8_E4M3", "shape": [128, 128], "data_offsets": [0, 16384]},
+        "w_scale_inv": {"dtype": "F32", "shape": [1, 1], "data_offsets": [16384, 16388]},
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16388))
+    manifest = index(path)
+    os.truncate(path, path.stat().st_size - 2)
+    side = Files(manifest, [ShardFile(path=path, stat=FileStat.from_stat(path.stat()))])
+
+    with pytest.raises(CorruptModelCheckpointError):
+        compare_tensors(side, side, [(0, 0)])
 
 
 def broken(folder: Path, to: Path, change: Any) -> Path:
@@ -154,6 +189,38 @@ def test_scales_that_do_not_fit(
     with pytest.raises(ModelCheckpointMismatchError) as raised:
         load_model(folder, progress=False)
     assert problem in str(raised.value)
+
+    family, config = family_of_folder(folder)
+    with pytest.raises(ModelCheckpointMismatchError) as raised:
+        list(ModelHub(family, None).iter_checkpoint(folder, config))  # type: ignore[arg-type]
+    assert problem in str(raised.value)
+
+
+def test_a_tensor_that_is_cut_lacks_its_scales_once() -> None:
+    float8, scale = ("F8_E4M3", (6, 3)), ("F32", (1, 1))
+    manifest = manifest_of({"qkv": float8, "x": float8, f"x{SCALE_SUFFIX}": scale})
+    rules = [Rule("qkv", "q", cut=(0, 0, 4)), Rule("qkv", "k", cut=(0, 4, 2))]
+    routed = route(manifest.names, ["q", "k"], rules, shapes=manifest.shapes, target_shapes=[(4, 3), (2, 3)])
+
+    assert problems_of_scales(manifest, routed) == ["missing: qkv_scale_inv [1, 1]"]
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_copies_of_a_tied_parameter_in_the_same_bytes_have_the_values_of_their_scales(
+    made: tuple[Path, dict[str, Tensor]], tmp_path: Path, factor: int
+) -> None:
+    (tmp_path / "config.json").write_text((made[0] / "config.json").read_text())
+    state = load_file(made[0] / "model.safetensors")
+    numbers, scales = quantize(state["model.embed_tokens.weight"])
+    for name, own in (("model.embed_tokens", scales), ("lm_head", scales * factor)):
+        state |= {f"{name}.weight": numbers, f"{name}.weight_scale_inv": own}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+
+    if factor == 1:
+        load_model(tmp_path, progress=False)
+    else:
+        with pytest.raises(ModelCheckpointMismatchError, match="lm_head"):
+            load_model(tmp_path, progress=False)
 
 
 @pytest.mark.parametrize(
