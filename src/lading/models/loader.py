@@ -62,7 +62,7 @@ from lading.system.settings import Settings
 from lading.transfer.dtypes import DTYPE_NAMES, DType
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, mapped_ahead, may_be_mapped
 from lading.transfer.memory import create_arena
-from lading.transfer.move import load_cooperatively, load_tensors
+from lading.transfer.move import PlannedLoad, load_cooperatively, load_tensors
 
 log = logging.getLogger("lading")
 
@@ -283,21 +283,21 @@ def _load(
         expected = gangs.root.first(prepare)
 
     with clock.phase("read"), taking_sha256(checkpoint, expected) as sha256:
-        files, dims = checkpoint.readable(), None if expected is None else expected.dims or None
+        planned_load = PlannedLoad(
+            manifest=manifest,
+            wanted=wanted,
+            plan=planned,
+            files=checkpoint.readable(),
+            dims=None if expected is None else expected.dims or None,
+        )
         arena = create_arena(planned.arena_bytes, device, options.settings.huge_pages)
         require = None
         if checkpoint.streamed is not None and options.verify == "always":
             require = partial(require_vouched, checkpoint, expected)
         if options.cooperative:
-            moved = load_cooperatively(
-                manifest, planned, wanted, files,
-                arena=arena, root=gangs.root, dims=dims, require=require, progress=progress,
-            )  # fmt: skip
+            moved = load_cooperatively(planned_load, arena=arena, root=gangs.root, require=require, progress=progress)
         else:
-            moved = load_tensors(
-                manifest, planned, wanted, files,
-                arena=arena, dims=dims, require=require, progress=progress, ahead=ahead,
-            )  # fmt: skip
+            moved = load_tensors(planned_load, arena=arena, require=require, progress=progress, ahead=ahead)
         by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
         if family.untie is None:  # otherwise all copies have been compared
             _check_tied(checkpoint, match, by_name)

@@ -75,11 +75,7 @@ def read_tensors(
     planned = plan(checkpoint.manifest, wanted, mapped=mmap)
     arena = create_arena(planned.arena_bytes, torch.device("cpu"), huge_pages)
 
-    return list(dequantize(execute(planned, checkpoint.readable(), _shapes(wanted), arena=arena), wanted.scalings))
-
-
-def _shapes(wanted: Wanted) -> list[tuple[tuple[int, ...], str]]:
-    return [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
+    return list(dequantize(execute(planned, checkpoint.readable(), wanted.outputs(), arena=arena), wanted.scalings))
 
 
 class DigestCollector:
@@ -134,7 +130,7 @@ def _witnessed(
     )
     planned = plan(part, wanted)
     hasher = Hasher(part, [witness.dims[position] for position in positions], planned, wanted)
-    read = execute(planned, checkpoint.readable(), _shapes(wanted), observer=hasher)
+    read = execute(planned, checkpoint.readable(), wanted.outputs(), observer=hasher)
     witness.take(positions, hasher.digests())
     tensors |= dict(zip(plain, dequantize(read, wanted.scalings), strict=True))
 

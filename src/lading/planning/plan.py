@@ -54,6 +54,10 @@ class Wanted:
     """The products to make in memory. The scales of each are an entry of these columns: the last ones, in this
     order."""
 
+    def outputs(self) -> list[tuple[tuple[int, ...], str]]:
+        """Return the shape and the dtype in memory of each entry."""
+        return [(box.sizes, dtype) for box, dtype in zip(self.boxes, self.dtypes, strict=True)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
@@ -323,7 +327,7 @@ def _copies(manifest: Manifest, source: Source, box: Box, dtype: str) -> list[_C
 
 
 def _mapped_home(copies: Sequence[_Copy], dtype: str) -> tuple[int, int] | None:
-    """Return the (shard, offset) that holds the bytes as they would be in memory, or ``None`` if there is none."""
+    """Return the (shard, offset) that holds the bytes as they would be in memory; ``None`` without one."""
     if len(copies) != 1:
         return None
     (copy,) = copies

@@ -10,6 +10,7 @@ from torch import Tensor
 from lading.formats.digests import Digests, unknown
 from lading.formats.manifest import Manifest
 from lading.gangs import Gang
+from lading.planning.composition import pieces
 from lading.planning.plan import Plan, Wanted
 from lading.transfer.arena import Arena
 from lading.transfer.cooperative import Demand, Joint
@@ -43,55 +44,62 @@ class LoadedTensors:
     """The bytes in memory by the size of their pages."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlannedLoad:
+    """A plan, and all that its execution needs but memory."""
+
+    manifest: Manifest
+    wanted: Wanted
+    plan: Plan
+    """The plan for ``wanted``."""
+    files: Sequence[File]
+    """The files of the manifest's shards."""
+    dims: Sequence[int] | None = None
+    """The dims of the blocks to digest, one for each tensor of the manifest."""
+
+
 def load_tensors(
-    manifest: Manifest,
-    planned: Plan,
-    wanted: Wanted,
-    files: Sequence[File],
+    planned: PlannedLoad,
     *,
     arena: Arena,
-    dims: Sequence[int] | None = None,
     require: Require | None = None,
     progress: bool = False,
     ahead: Ahead = NOTHING_AHEAD,
 ) -> LoadedTensors:
     """Execute a plan.
 
-    :param planned: the plan for ``wanted``.
-    :param arena: memory of ``planned.arena_bytes``.
-    :param dims: the dims of the blocks to digest, one for each tensor of the manifest.
+    :param arena: memory of the plan's ``arena_bytes``.
     :param require: called before the first read with :attr:`LoadedTensors.unvouched`; it may raise.
     :param ahead: mappings of the same files.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
     """
-    hasher = None if dims is None else Hasher(manifest, dims, planned, wanted)
-    read, unvouched = _vouched(wanted, hasher)
+    manifest, wanted = planned.manifest, planned.wanted
+    hasher = None if planned.dims is None else Hasher(manifest, planned.dims, planned.plan, wanted)
+    read, unvouched = _vouched(manifest, wanted, hasher)
     if require is not None:
         require(unvouched)
-    tensors = execute(planned, files, _shapes(wanted), arena=arena, progress=progress, observer=hasher, ahead=ahead)
+    tensors = execute(
+        planned.plan, planned.files, wanted.outputs(), arena=arena, progress=progress, observer=hasher, ahead=ahead
+    )
 
     return LoadedTensors(
         tensors=dequantize(tensors, wanted.scalings, progress=progress),
         wanted=read,
         unvouched=unvouched,
         digests=None if hasher is None else hasher.digests(),
-        bytes_read=planned.read_bytes,
-        reads=planned.num_reads,
+        bytes_read=planned.plan.read_bytes,
+        reads=planned.plan.num_reads,
         pages=arena.pages,
     )
 
 
 def load_cooperatively(
-    manifest: Manifest,
-    planned: Plan,
-    wanted: Wanted,
-    files: Sequence[File],
+    planned: PlannedLoad,
     *,
     arena: Arena,
     root: Gang,
-    dims: Sequence[int] | None = None,
     require: Require | None = None,
     progress: bool = False,
 ) -> LoadedTensors:
@@ -105,14 +113,17 @@ def load_cooperatively(
     with root.on_host() as host:
         if host.size > 1:
             # Pieces are read as they lie in the files. The digests are those of tensors, so none is taken on the way.
-            joint = Joint(manifest.flat(), host.gather_objects(Demand.of(planned)), None if manifest.pieces else dims)
-            read, unvouched = _vouched(joint.wanted, joint.hasher)
+            manifest, wanted, dims = planned.manifest.flat(), planned.wanted, planned.dims
+            joint = Joint(
+                manifest, host.gather_objects(Demand.of(planned.plan)), None if planned.manifest.pieces else dims
+            )
+            read, unvouched = _vouched(manifest, joint.wanted, joint.hasher)
             if require is not None:
                 require(unvouched)
             schedule = joint.schedule()
-            nothing = None if dims is None else unknown(manifest, dims)
+            nothing = None if dims is None else unknown(planned.manifest, dims)
             tensors = execute_cooperatively(
-                planned, schedule, files, _shapes(wanted), host=host, arena=arena, progress=progress
+                planned.plan, schedule, planned.files, wanted.outputs(), host=host, arena=arena, progress=progress
             )
             return LoadedTensors(
                 tensors=dequantize(tensors, wanted.scalings, progress=progress),
@@ -124,17 +135,20 @@ def load_cooperatively(
                 pages=arena.pages,
             )
 
-    return load_tensors(manifest, planned, wanted, files, arena=arena, dims=dims, require=require, progress=progress)
+    return load_tensors(planned, arena=arena, require=require, progress=progress)
 
 
-def _vouched(wanted: Wanted, hasher: Hasher | None) -> tuple[Sequence[int], Sequence[int]]:
+def _vouched(manifest: Manifest, wanted: Wanted, hasher: Hasher | None) -> tuple[Sequence[int], Sequence[int]]:
     """Return the tensors with wanted bytes, and those that ``hasher`` does not see in whole blocks."""
-    tensors = [i for i, box in zip(wanted.tensors, wanted.boxes, strict=True) if box.numel]
-    if hasher is None:
-        return tensors, tensors
+    found: list[int] = []
+    unvouched: list[int] = []
+    for i, (first, box) in enumerate(zip(wanted.tensors, wanted.boxes, strict=True)):
+        if not box.numel:
+            continue
+        source = wanted.composed.get(i)
+        own = [first] if source is None else sorted({tensor for tensor, _ in pieces(source, manifest.shapes, box)})
+        found += own
+        if hasher is None or not hasher.vouched[i]:
+            unvouched += own
 
-    return tensors, [i for i, vouched in zip(wanted.tensors, hasher.vouched, strict=True) if not vouched]
-
-
-def _shapes(wanted: Wanted) -> list[tuple[tuple[int, ...], str]]:
-    return [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
+    return found, unvouched
