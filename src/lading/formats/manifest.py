@@ -260,7 +260,7 @@ class Manifest:
         }
 
     @cached_property
-    def common_dtype(self) -> str | None:
+    def plain_dtype(self) -> str | None:
         """The dtype of most elements of plain weights, scales aside; ``None`` without such weights."""
         scales = set(self.scales.values())
         elements: Counter[str] = Counter()
@@ -272,7 +272,7 @@ class Manifest:
 
     def value_dtype(self, i: int) -> str:
         """Return the dtype of the values of tensor ``i``: of those with scales, the one of most plain weights."""
-        return (self.common_dtype or "F32") if i in self.scales else self.dtypes[i]
+        return (self.plain_dtype or "F32") if i in self.scales else self.dtypes[i]
 
     @property
     def _columns(self) -> tuple[Sequence[object], ...]:

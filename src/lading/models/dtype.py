@@ -41,7 +41,7 @@ def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | Non
     if isinstance(stated, str) and (found := dtype_by_name(stated)) is not None:
         return found
 
-    common = checkpoint.manifest.common_dtype
+    common = checkpoint.manifest.plain_dtype
 
     return torch.get_default_dtype() if common is None else TORCH_DTYPES[common]
 
@@ -76,14 +76,14 @@ def dtypes_of_others(match: Match, names: Sequence[str]) -> dict[str, torch.dtyp
     if not names:
         return {}
 
-    common = DTYPE_NAMES[common_dtype(match)]
+    common = DTYPE_NAMES[common_dtype_of_targets(match)]
     own = dict(zip(match.targets.names, match.targets.dtypes, strict=True))
 
     return {name: TORCH_DTYPES[own[name] or common] for name in names}
 
 
-def common_dtype(match: Match) -> torch.dtype:
-    """Return the most common dtype in the checkpoint among tensors without a requested dtype."""
+def common_dtype_of_targets(match: Match) -> torch.dtype:
+    """Return the most common dtype in the checkpoint among targets without a requested dtype."""
     elements = _count_elements(match)
 
     return TORCH_DTYPES[max(elements, key=elements.__getitem__, default="F32")]

@@ -45,7 +45,7 @@ from lading.models.construct import (
     reset_buffers,
     split,
 )
-from lading.models.dtype import common_dtype, dtypes_of_others, model_dtype, resolve_dtypes
+from lading.models.dtype import common_dtype_of_targets, dtypes_of_others, model_dtype, resolve_dtypes
 from lading.models.family import Family, check_config_type, get_family
 from lading.models.fit import Match, fit, name_of
 from lading.models.merge import Merger
@@ -326,7 +326,7 @@ def _load(
             log.info("%s lacks %s: they are initialized as in a new model", checkpoint.name, ", ".join(missing))
             drawn = init_missing(build_on_meta(family, config), family, config, targets, missing, gangs)
         copied = assign(module, by_name | drawn, targets.aliases)
-        reset_buffers(module, family, config, device, dtype or common_dtype(match))
+        reset_buffers(module, family, config, device, dtype or common_dtype_of_targets(match))
 
     loaded = _elements_by_dtype(by_name.values())
     stream = checkpoint.stream
