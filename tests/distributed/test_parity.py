@@ -298,7 +298,7 @@ def ask_for(kind: str, folder: Path, other: Path, home: str) -> None:
     os.environ |= {"LADING_DATABASE_URL": f"sqlite:///{home}/c.sqlite", "XDG_CONFIG_HOME": home, "LADING_OFFLINE": "1"}
     family, config = family_of_folder(folder)
     hub = ModelHub(family, get_asset_store())
-    with gangs_of((2, 1, 1)) as gangs:
+    with create_gangs("cpu", ep=2) if kind == "tensors over ep" else gangs_of((2, 1, 1)) as gangs:
         second = gangs.root.rank == 1
         mine = other if second else folder
         if kind == "names":
@@ -314,7 +314,7 @@ def ask_for(kind: str, folder: Path, other: Path, home: str) -> None:
             load_model(folder, config=config, gangs=gangs)
         elif kind == "families":
             load_model("first", gangs=gangs) if second else hub.load_model("first", gangs=gangs)
-        elif kind == "tensors":
+        elif kind.startswith("tensors"):
             list(hub.iter_checkpoint(mine, config, gangs=gangs))
         else:
             model = hub.create_new_model(config, gangs=gangs)
@@ -332,6 +332,7 @@ def ask_for(kind: str, folder: Path, other: Path, home: str) -> None:
         ("configurations", ("config.max_seq_len is",)),
         ("families", ("'qwen'", "None")),
         ("tensors", ("{folder}", "{other}")),
+        ("tensors over ep", ("{folder}", "{other}")),
         ("export", ("{folder}", "{other}")),
     ],
 )

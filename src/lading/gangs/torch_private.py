@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch._C._distributed_c10d import PrefixStore as PrefixStore
 from torch._C._distributed_c10d import Store as Store
 from torch._C._distributed_c10d import TCPStore
@@ -23,6 +24,11 @@ def store_host(store: Store) -> str | None:
         store = store.underlying_store
 
     return store.host if isinstance(store, TCPStore) else None
+
+
+def shards_over_two_axes() -> bool:
+    """Return whether FSDP shards parameters that two other axes shard, too: torch 2.9 is the first that does."""
+    return torch.__version__ >= "2.9"
 
 
 def init_fake_process_group(rank: int, size: int) -> None:

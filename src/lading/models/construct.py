@@ -78,8 +78,8 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
     Each parameter is drawn whole from a generator that is seeded by its name and a number from torch's generator on the
     first rank, and then sliced, so that the model does not depend on the gangs.
 
-    :raises NotSupportedError: the family does not support ``meta``; ``gangs.tp`` does not divide a size; or
-        ``gangs.pp`` has more ranks than the model has layers.
+    :raises NotSupportedError: the family does not support ``meta``; ``gangs.tp`` does not divide a size, or
+        ``gangs.ep × gangs.tp`` the experts; or ``gangs.pp`` has more ranks than the model has layers.
     :raises GangError: the arguments differ between ranks.
     """
     check_config_type(config, family)
@@ -187,8 +187,8 @@ def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *
 
     :param dtype: the dtype, as for :func:`targets_of`.
 
-    :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.pp`` has more ranks
-        than the model has layers.
+    :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.ep × gangs.tp`` the
+        experts; or ``gangs.pp`` has more ranks than the model has layers.
     """
     others = other_dtypes(module, family, config, dtype, sdp=gangs.sdp.size)
     whole = None if gangs.pp.size == 1 else targets_of(module, dtype=dtype, others=others)

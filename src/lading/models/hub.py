@@ -172,8 +172,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is not a dtype.
-        :raises NotSupportedError: the family does not support ``meta``; a size does not divide over ``gangs.tp``; or
-            there are more ranks in ``gangs.pp`` than layers.
+        :raises NotSupportedError: the family does not support ``meta``; a size does not divide over ``gangs.tp``, or
+            the number of experts over ``gangs.ep × gangs.tp``; or there are more ranks in ``gangs.pp`` than layers.
         :raises GangError: another rank failed, or asks for something else.
         """
         effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
@@ -263,8 +263,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that
             was published or recorded.
         :raises NotSupportedError: the checkpoint is quantized, or of no known family; ``revision`` for something
-            without revisions; a size does not divide over ``gangs.tp``; or there are more ranks in ``gangs.pp`` than
-            layers.
+            without revisions; a size does not divide over ``gangs.tp``, or the number of experts over
+            ``gangs.ep × gangs.tp``; or there are more ranks in ``gangs.pp`` than layers.
         :raises ValueError: both ``gangs`` and ``device``, or a meta device; ``mmap`` with ``cooperative`` or
             ``stream``; or ``state_dict`` for something else than a path.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is not a dtype.
@@ -349,25 +349,27 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
 
         :param gangs: yield only this rank's part of a parameter that is split over them, and nothing of other stages of
-            a pipeline. Under tensor parallelism all ranks have to call this, for the same checkpoint.
+            a pipeline. Under tensor or expert parallelism all ranks have to call this, for the same checkpoint.
 
         :raises FileNotFoundError: nothing is at ``path``.
         :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
-        :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or there are more
-            ranks in ``gangs.pp`` than layers; or a tensor has a dtype that torch lacks.
+        :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or the number of
+            experts over ``gangs.ep × gangs.tp``; there are more ranks in ``gangs.pp`` than layers; or a tensor has a
+            dtype that torch lacks.
         :raises TypeError: ``config`` is not of the family's class.
         """
         check_config_type(config, self._family)
 
         all_gangs = gangs or create_fake_gangs("cpu")
         settings = self._asset_store.settings
+        together = all_gangs.tp.size * all_gangs.ep.size > 1
 
         def find() -> Checkpoint:
-            if all_gangs.tp.size > 1:
+            if together:
                 _require_same(all_gangs, Path(path), self._family, config, self._restrict(restrict))
             return path_checkpoint(Path(path), cache=settings.cache_dir, restrict=self._restrict(restrict))
 
-        checkpoint = agreed(all_gangs, find) if all_gangs.tp.size > 1 else find()
+        checkpoint = agreed(all_gangs, find) if together else find()
 
         return iter_tensors(
             checkpoint, self._family, config, gangs=all_gangs, mmap=mmap, huge_pages=settings.huge_pages

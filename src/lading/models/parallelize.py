@@ -20,8 +20,9 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Module, Parameter
 
-from lading.errors import InternalError
+from lading.errors import InternalError, NotSupportedError
 from lading.gangs import Gang, Gangs
+from lading.gangs.torch_private import shards_over_two_axes
 from lading.models.family import Family
 from lading.models.parallel_plan import ParallelPlan, Split, matches
 from lading.models.pipeline import cut_to_stage, is_tied_outside, modules_of_other_dtype, tied_names
@@ -59,7 +60,7 @@ def parallelize(
         gathered separately, because FSDP gathers only parameters of one dtype together.
 
     :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.ep`` the experts, or
-        ``gangs.pp`` has more ranks than the model has layers.
+        ``gangs.pp`` has more ranks than the model has layers; or this torch does not shard experts over all three axes.
     """
     plan = family.parallel_plan(config)
     for axis, size, served in (
@@ -75,6 +76,11 @@ def parallelize(
         cut_to_stage(module, plan.stages, gangs.pp, family=family.name)
 
     plan.check(gangs.tp.size, gangs.ep.size)
+    if plan.has_experts and min(gangs.sdp.size, gangs.ep.size, gangs.tp.size) > 1 and not shards_over_two_axes():
+        raise NotSupportedError(
+            "`sdp`, `ep` and `tp` together need a newer torch, whose FSDP shards parameters on two other axes. Update "
+            "torch, or use `tp=1` or `ep=1`."
+        )
     if gangs.tp.size > 1 or (gangs.ep.size > 1 and plan.has_experts):
         _split(module, plan, gangs)
 
@@ -191,9 +197,10 @@ def _mesh_of_experts(gangs: Gangs) -> DeviceMesh:
 def _dim_of_experts(shape: Sequence[int], sdp: int) -> int:
     """Return the dim along which FSDP shards stacked experts.
 
-    It is the second, because a rank can have fewer experts than its gang has ranks; FSDP requires that it is even.
+    A rank can have fewer experts than its gang has ranks, so it is the first of the others that divides evenly, as FSDP
+    requires of them.
     """
-    return 1 if shape[1] % sdp == 0 else 0
+    return next((dim for dim in range(1, len(shape)) if shape[dim] % sdp == 0), 0)
 
 
 def _owner(parameter: str) -> str:

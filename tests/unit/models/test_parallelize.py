@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 
 from lading.catalog.store import get_asset_store
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
@@ -236,6 +237,20 @@ def test_boxes_under_both() -> None:
     assert own["model.embed_tokens.weight"] == Box((25, 0), (5, 32))
     assert own["model.layers.1.mlp.down_proj.weight"] == Box((8, 24), (8, 24))
     assert own["model.norm.weight"] == Box((8,), (8,))
+
+
+def test_experts_are_sharded_along_the_first_other_dim_that_divides_evenly() -> None:
+    own = boxes(targets_on("mixtral", rank=1, sdp=3))  # 8 experts between 32 and 48 features
+
+    assert {box for name, box in own.items() if name.endswith("experts.down_proj")} == {Box((0, 0, 16), (8, 32, 16))}
+
+
+def test_experts_over_three_axes_with_a_torch_that_shards_over_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0"))
+    with pytest.raises(NotSupportedError, match="`sdp`, `ep` and `tp` together need a newer torch"):
+        targets_on("mixtral", rank=0, ep=2, tp=2, sdp=2)
+    for sizes in ({"ep": 2, "sdp": 2}, {"tp": 2, "sdp": 2}):
+        targets_on("mixtral", rank=0, **sizes)
 
 
 @pytest.mark.few(8)
