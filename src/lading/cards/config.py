@@ -172,7 +172,7 @@ def _where(place: _Place, layers: Sequence[Layer], config_kls: type[object]) -> 
 
 
 def _at(value: Any, place: _Place) -> Any:
-    """Return the value at ``place`` inside ``value``; ``None`` if there is none."""
+    """Return the value at ``place`` inside ``value``; ``None`` if it does not exist."""
     for step in place:
         try:
             value = value[step]

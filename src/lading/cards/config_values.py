@@ -48,7 +48,7 @@ def iter_values(config: Mapping[str, object], layers: Sequence[Layer]) -> Iterat
 
 
 def dataclass_in(annotation: Any) -> Any:
-    """Return the first dataclass in ``annotation``; ``None`` if there is none."""
+    """Return the first dataclass in ``annotation``; ``None`` without one."""
     if isinstance(annotation, type) and is_dataclass(annotation):
         return annotation
 

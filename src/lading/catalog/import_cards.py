@@ -103,7 +103,7 @@ def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> li
     for path in paths:
         if str(path) == "-":
             if stdin is None and sys.stdin is None:
-                raise FileNotFoundError(errno.ENOENT, "There is nothing to read, as stdin is closed", "-")
+                raise FileNotFoundError(errno.ENOENT, "Nothing can be read, as stdin is closed", "-")
             data = (stdin or sys.stdin.buffer).read(MAX_FILE_BYTES + 1)
             if len(data) > MAX_FILE_BYTES:
                 files[STDIN] = unfit(STDIN, f"{STDIN}: expected at most {MAX_FILE_BYTES:,} bytes, found more")

@@ -198,7 +198,7 @@ def _begins(session: Session, name: SQLColumnExpression[str], prefix: str) -> Co
 def summary_of(session: Session, card: AssetCard) -> ModelSummary | None:
     """Return the row of one card, as :func:`as_seen_here`.
 
-    For a card that is not in the catalog this is the row of its checkpoint without a card; ``None`` if there is none.
+    For a card that is not in the catalog this is the row of its checkpoint without a card; ``None`` if it has none.
     A card in memory has no row, and neither sizes nor digests.
     """
     row = session.execute(_all_of(_ASSETS).where(_ASSETS.c.name == card.name)).one_or_none()

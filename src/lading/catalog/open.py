@@ -40,7 +40,7 @@ _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 def open_catalog(settings: Settings) -> Database:
     """Open the catalog, create it on first use, and update it from the package and the user's card files.
 
-    Without a catalog, and if none can be made, this warns and keeps the built-in cards in memory.
+    If the catalog does not exist and cannot be made, this warns and keeps the built-in cards in memory.
 
     :raises CatalogError: the file is something else, is damaged, or was changed by something other than lading.
     :raises CatalogOutdatedError: the schema is older or newer than this code.

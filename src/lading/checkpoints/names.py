@@ -126,7 +126,7 @@ def as_path(target: object) -> Path | None:
 
 
 def _named(name: str, store: AssetStore) -> AssetCard | None:
-    """Return the card of exactly this name; ``None`` if there is none."""
+    """Return the card of exactly this name; ``None`` if it does not exist."""
     try:
         return store.maybe_retrieve_card(name)
     except AssetNotFoundError as error:  # the card exists, but has no such overlay

@@ -78,7 +78,7 @@ def prepare_verification(
     ranks: int = 1,
     progress: bool = False,
 ) -> Expected | None:
-    """Return the expected digests of a load; ``None`` if there is nothing to check.
+    """Return the expected digests of a load; ``None`` if nothing needs a check.
 
     This checks files with nothing but a SHA-256 at once.
 

@@ -81,7 +81,7 @@ def _statement(query: str | None) -> str:
     if query is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("Missing argument 'QUERY'.", click.get_current_context())
     if query == "-" and sys.stdin is None:
-        raise click.UsageError("There is nothing to read, as stdin is closed.", click.get_current_context())
+        raise click.UsageError("Nothing can be read, as stdin is closed.", click.get_current_context())
     if query is None or query == "-":
         data = sys.stdin.buffer.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:

@@ -373,7 +373,7 @@ def default_layer_types(num_layers: int, *, every: int, full_last: bool = False)
 def full_attn_layers(types: Sequence[LayerType], num_layers: int) -> frozenset[int]:
     """Return the indices of the layers without a window.
 
-    :raises ValueError: there is not one type for each layer.
+    :raises ValueError: the number of types is not that of the layers.
     """
     if len(types) != num_layers:
         raise ValueError(f"`layer_types` must have one for each of the {num_layers} layers, but has {len(types)}")

@@ -110,7 +110,7 @@ def originals(path: Path | str) -> list[Path]:
 
 
 def rewritten(path: Path | str, *, member: str | None = None, cache: Path) -> Path | None:
-    """Return the rewritten file in the cache for the current checkpoint at ``path``; ``None`` if there is none."""
+    """Return the rewritten file in the cache for the current checkpoint at ``path``; ``None`` without one."""
     try:
         file, found = _originals(*_split(Path(path), member))
         if found[0].path == file:

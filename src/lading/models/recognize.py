@@ -56,7 +56,7 @@ class Recognizer:
         return {"model_family": family.name} | ({} if arch is None else {"model_arch": arch})
 
     def _architecture(self, family: Family[Any, Any], config: Any) -> str | None:
-        """Return the architecture with the numbers of a configuration; ``None`` if there is none, or several differ."""
+        """Return the architecture with the numbers of a configuration; ``None`` without one, or if several differ."""
         if family.name not in self._architectures:
             # What config.json cannot say, such as masks in training, tells apart architectures that look alike in it.
             found: dict[str, dict[str, str]] = {}
@@ -82,7 +82,7 @@ def _described(family: Family[Any, Any], config: Any, *, as_read: bool = False) 
 
     :param as_read: that of the configuration that is read back from it.
 
-    :raises NotSupportedError: there is none.
+    :raises NotSupportedError: the family does not write it.
     """
     if family.to_hf is None or family.from_hf is None:
         raise NotSupportedError(f"The {family.name} family does not write config.json.")

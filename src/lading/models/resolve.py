@@ -46,8 +46,9 @@ class ResolveOptions:
     progress: bool = False
     """``True`` to show a bar on stderr if the manifest takes a download."""
     accept_others: bool = False
-    """``accept_others`` of :func:`lading.checkpoints.locate.card_checkpoint`; likewise below."""
+    """``accept_others`` of :func:`lading.checkpoints.locate.card_checkpoint`."""
     fetches: bool = True
+    """``fetches`` of :func:`lading.checkpoints.locate.card_checkpoint`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,7 +93,7 @@ def add_checkpoints(
     keeps it. One that moved takes its card along, if this function wrote that.
 
     :param paths: folders, files, and addresses such as ``hg://org/name``; only headers are read there. A folder that
-        is no checkpoint is one with checkpoints in it.
+        is not a checkpoint is one with checkpoints in it.
     :param name_from: ``"folder"``: the name of the folder, and those of the folders above it where several checkpoints
         have it; ``"path"``: the path below the folder that was named; or a pattern with ``{folder}``, ``{parent}`` and
         ``{path}``.

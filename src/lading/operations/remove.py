@@ -84,7 +84,7 @@ def remove_model(
     model's checkpoint or another catalog needs them. The cache of Hugging Face's libraries belongs to huggingface_hub:
     there this deletes whole revisions, by its ``delete_revisions``, and only with ``hub``. The catalog keeps the
     manifest of the checkpoint, and a load fetches it again. Of a card with adapters this removes those, and the base if
-    it is no other card's.
+    no other card has it.
 
     :param name: as ``load_model`` takes it; of a checkpoint that no card has, the catalog must know it.
     :param dry_run: only report what would be removed.

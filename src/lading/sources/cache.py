@@ -133,7 +133,7 @@ class Cache:
     # --- entries -----------------------------------------------------------------------------------------------------
 
     def entry(self, uri: str) -> Entry | None:
-        """Return the entry of this catalog for ``uri``; ``None`` if there is none, or it cannot be read."""
+        """Return the entry of this catalog for ``uri``; ``None`` without one, or if it cannot be read."""
         entry = self._read_entry(self._entry_path(entry_key(uri)))
 
         return entry if entry is not None and entry.uri == shown_uri(uri) else None

@@ -35,7 +35,7 @@ _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _MAX_NOTES = 16 << 20
 _STEP = 1 << 20
 SILENCE = 30.0
-"""Seconds without a sign of life after which a process is no longer waited for."""
+"""Seconds without a sign of life after which others stop waiting for a process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

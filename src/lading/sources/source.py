@@ -40,7 +40,7 @@ class Snapshot:
     """True if only cached files are listed because the source was not asked; it may publish others."""
 
     def file(self, name: str) -> RemoteFile | None:
-        """Return the file named ``name``; ``None`` if there is none."""
+        """Return the file named ``name``; ``None`` if it does not exist."""
         return next((file for file in self.files if file.name == name), None)
 
 

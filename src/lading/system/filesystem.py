@@ -231,7 +231,7 @@ def _mount(path: Path) -> tuple[str, str]:
 
 
 def host_id() -> str:
-    """Return an id of this machine that survives restarts; its host name if there is none."""
+    """Return an id of this machine that survives restarts; its host name without one."""
     return _machine_id() or os.uname().nodename
 
 

@@ -80,7 +80,7 @@ class Database:
     def session(self, *, write: bool = False) -> Iterator[Session]:
         """Open a session in its own transaction, that of :meth:`read` or of :meth:`write`, whose errors it raises.
 
-        The transaction ends with the session: there is nothing to commit, and a failure of the body undoes everything.
+        The transaction ends with the session: the body need not commit, and a failure of the body undoes everything.
         """
         with self.write() if write else self.read() as connection, Session(connection) as session:
             yield session

@@ -55,7 +55,7 @@ class Target:
         """
         if text is None:
             raise CatalogError(
-                "The catalog has no place: this user has no home folder. Set LADING_DATABASE_URL to a place "
+                "The place of the catalog is unknown: this user has no home folder. Set LADING_DATABASE_URL to a place "
                 "that can be written, such as sqlite:////data/catalog.sqlite."
             )
         try:

@@ -180,7 +180,7 @@ class _Pages:
         return Response.html(await datasette.render_template("model.html", page, request=request))
 
     async def plan(self, datasette: Any, request: Request) -> Response:
-        """Return the picture of the plan of a model, or the reason that there is none."""
+        """Return the picture of the plan of a model, or the reason why it has none."""
         await datasette.ensure_permissions(request.actor, ["view-instance"])
         given = {axis: request.args.get(axis) or "1" for axis in AXES}
         sizes = {axis: int(size) for axis, size in given.items() if _SIZE.fullmatch(size)}

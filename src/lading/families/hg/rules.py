@@ -201,7 +201,7 @@ def _merge_rules(group: Sequence[tuple[Rule, ...]]) -> list[Rule]:
 
 
 def _common(rules: Sequence[Rule]) -> Rule | None:
-    """Return the rule that does what ``rules`` do for their names, or ``None`` if there is none."""
+    """Return the rule that does what ``rules`` do for their names; ``None`` without one."""
     first = rules[0]
     numbers = [NUMBER.findall(rule.source) for rule in rules]
     count = len(numbers[0])

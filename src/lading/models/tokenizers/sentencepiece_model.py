@@ -41,7 +41,7 @@ class SentencePieceModel:
         return pieces
 
     def decode(self, indices: Sequence[int], *, skip_special_tokens: bool) -> str:
-        # Control tokens have no text, so that there is nothing to skip.
+        # Control tokens have no text, so that none needs skipping.
         text: str = self.native.decode(list(indices))
         return text
 
