@@ -28,16 +28,20 @@ NAMES_IN_CHECKPOINTS: Mapping[str, Sequence[str]] = {
 }
 """Tensors that only checkpoints of that origin have."""
 
+ENCODER_ONLY = {("jepa_classifier", "Meta")}
+"""Origins whose names a family reads for its encoder alone."""
+
 HEAD = """\
 # Families
 
 <!-- `python -m tests.helpers.families_page` writes this page. -->
 
 The families that lading comes with. *config.json* is the `model_type` of the Hugging Face repositories that a family
-reads, with the class if it reads that one only, and behind *of* that of larger models, whose part it reads. Parameters
-have the names of such repositories; *other names* are those of other checkpoints that a family also reads, in any
-[format](reference/checkpoint-formats.md). The last columns are the [axes of
-parallelism](how-to/load-on-many-devices.md) that a family supports; along another one, ranks hold copies.
+reads. A class in parentheses means that the family reads only this class; "of `gemma3`" means that it reads a part of
+these larger models. Where such repositories exist, parameters have their names. *Other names* are those of other
+checkpoints that a family reads, in any [format](reference/checkpoint-formats.md); *Meta* are the names of Meta's files,
+which Mistral AI's have, too. The last columns are the [axes of parallelism](how-to/load-on-many-devices.md); along an
+axis without "yes", ranks hold copies.
 
 | family | architectures | cards | config.json | other names | tp | sdp | pp | ep |
 |---|---|---|---|---|---|---|---|---|
@@ -45,7 +49,7 @@ parallelism](how-to/load-on-many-devices.md) that a family supports; along anoth
 
 
 def families() -> list[Family[Any, Any]]:
-    """The families of this package, without those of others."""
+    """Return the families of this package, without those of other packages."""
     return [get_family(name) for name in sorted([*NATIVE, "hg"])]
 
 
@@ -69,7 +73,8 @@ def _other_names(family: Family[Any, Any]) -> str:
     return ", ".join(
         origin
         for origin, names in NAMES_IN_CHECKPOINTS.items()
-        if any(name in parameters for name in rename(names, family.rules_for(config, names)))
+        if (family.name, origin) not in ENCODER_ONLY
+        and any(name in parameters for name in rename(names, family.rules_for(config, names)))
     )
 
 
@@ -98,9 +103,9 @@ def _row(family: Family[Any, Any], store: AssetStore) -> str:
 
 def _section(family: Family[Any, Any], store: AssetStore) -> Iterator[str]:
     kls = family.kls if isinstance(family.kls, str) else f"{family.kls.__module__}:{family.kls.__name__}"
-    config = family.config_kls
+    models = "any class of transformers" if family.reads_other_model_types else f"the class `{kls.partition(':')[2]}`"
     yield f"\n## {family.name}\n\n"
-    yield f"Models of the class `{kls.partition(':')[2]}`, configured by `{config.__name__}`: "
+    yield f"Models of {models}, configured by `{family.config_kls.__name__}`: "
     yield f"`lading.families.{family.name}.get_{family.name}_model_hub()`.\n"
     for kind, names in (
         ("Architectures", [each.name for each in store.architectures(family.name)]),
@@ -111,7 +116,7 @@ def _section(family: Family[Any, Any], store: AssetStore) -> Iterator[str]:
 
 
 def page(store: AssetStore) -> str:
-    """The page, from a catalog that holds the cards of this package only."""
+    """Return the page for a catalog with only this package's cards."""
     found = families()
     rows = "".join(_row(family, store) for family in found)
 
@@ -122,6 +127,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LADING_DATABASE_URL"] = f"sqlite:///{folder}/catalog.db"
         os.environ["XDG_CONFIG_HOME"] = folder  # where no cards are
+        for name in ("LADING_CARDS", "LADING_ENV"):
+            os.environ.pop(name, None)
         PAGE.write_text(page(get_asset_store()), encoding="utf-8")
 
 
