@@ -253,12 +253,12 @@ def test_what_du_and_rm_write(cli: Cli, cache: Path, models: Path) -> None:
     assert cli("du", "tiny").stderr.startswith("lading: nothing is on this machine")
     assert "Did you mean 'tiny'" in cli("du", "tinny", code=2).stderr
     cli("du", "--orphans", "tiny", code=2)
-    assert "there are no orphans" in cli("du", "--orphans").stderr
+    assert "no orphans were found" in cli("du", "--orphans").stderr
 
     assert "stays: adopted, not fetched by lading" in cli("rm", other).stderr
     assert cli("du", "*other", "--json").stdout == "[]\n"
     assert "nothing of tiny is on this machine" in cli("rm", "tiny").stderr
-    assert "there are no orphans" in cli("rm", "--orphans").stderr
+    assert "no orphans were found" in cli("rm", "--orphans").stderr
     cli("rm", code=2)
     assert "Did you mean 'tiny'" in cli("rm", "tiny", "tinny", code=2).stderr
     assert tree(models) == before

@@ -58,7 +58,7 @@ def du(pattern: str | None, orphans: bool, form: Form) -> None:
             rows.append(["total", total, "", "", None, None, "", None, None])
         write_rows(_COLUMNS, rows, form, table=_TABLE)
     else:
-        note("there are no orphans" if orphans else "nothing is on this machine")
+        note("no orphans were found" if orphans else "nothing is on this machine")
     if usage.orphans and not orphans and form is Form.TABLE:
         note(
             f"{counted(len(usage.orphans), 'download')} of {human_bytes(usage.orphan_bytes)} in the cache "

@@ -74,7 +74,7 @@ def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool, form: Form
         with remover.removing(hub=yes or agreed) as remove:
             selection.each(plans, lambda name, plan: tell(name, remove(plan)))
     if orphans:
-        tell("orphans", remove_orphans(dry_run=dry_run, store=store), nothing="there are no orphans")
+        tell("orphans", remove_orphans(dry_run=dry_run, store=store), nothing="no orphans were found")
     if form is not Form.TABLE:
         write_rows(_COLUMNS, rows, form)
     selection.finish()
