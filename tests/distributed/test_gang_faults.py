@@ -95,7 +95,6 @@ def test_a_rank_is_killed(tmp_path: Path, point: str, victim: int) -> None:
     check_gang_errors(outcomes, victim)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("point", "victim"), STOPPED)
 def test_a_rank_is_stopped_and_goes_on_too_late(tmp_path: Path, point: str, victim: int) -> None:
     with _struck(tmp_path, point, victim, signal.SIGSTOP, timeout=TIMEOUT) as pool:

@@ -111,7 +111,7 @@ def compare(family_name: str, axes: dict[str, int]) -> list[str]:
         ("nllb", {"tp": 2}),
         ("nllb", {"sdp": 2}),
         ("s2t_transformer", {"tp": 2}),
-        pytest.param("s2t_conformer", {"tp": 2}, marks=pytest.mark.slow),
+        ("s2t_conformer", {"tp": 2}),
         pytest.param("s2t_conformer", {"sdp": 2}, marks=pytest.mark.slow),
         pytest.param("s2t_transformer", {"sdp": 2}, marks=pytest.mark.slow),
         pytest.param("w2vbert", {"tp": 2}, marks=pytest.mark.slow),
@@ -125,18 +125,8 @@ def test_two_ranks(pool2: Pool, family: str, axes: dict[str, int]) -> None:
     assert pool2.values(compare, family, axes) == [[]] * 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param("wav2vec2", marks=pytest.mark.slow),
-        "wav2vec2_asr",
-        "w2vbert",
-        pytest.param("nllb", marks=pytest.mark.slow),
-        pytest.param("s2t_conformer", marks=pytest.mark.slow),
-        pytest.param("s2t_transformer", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.few(1)
+@pytest.mark.parametrize("family", ["nllb", "wav2vec2", "wav2vec2_asr", "w2vbert", "s2t_conformer", "s2t_transformer"])
 def test_four_ranks(pool4: Pool, family: str) -> None:
     assert pool4.values(compare, family, {"tp": 2, "sdp": 2}) == [[]] * 4
 

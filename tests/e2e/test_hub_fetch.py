@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -399,14 +400,15 @@ for file in source.fetch(snapshot, snapshot.files, known=lambda _: None, progres
 
 @pytest.fixture
 def start(nursery: Nursery, hub: FakeHub, tmp_path: Path) -> Callable[[], Child]:
-    """Starts a process that fetches a repository."""
+    """Return a function that starts a process, which fetches a repository."""
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     return lambda: nursery.start(["-c", PROCESS], {**os.environ, **env})
 
 
-def wait_for_a_part(folder: Path) -> None:
+def wait_for_a_part(process: Child, folder: Path) -> None:
     while not any(p.stat().st_size for p in folder.rglob("*.incomplete")):
+        assert process.runs(), process.complained()
         time.sleep(0.02)
 
 
@@ -419,7 +421,7 @@ def test_an_interrupted_fetch_leaves_no_half_file(
     hub.misbehave("a.safetensors", "drip", 1)
 
     process = start()
-    wait_for_a_part(tmp_path)
+    wait_for_a_part(process, tmp_path)
     process.signal(number)
     ended = process.wait()
 
@@ -446,6 +448,16 @@ def test_several_processes_fetch_the_same(start: Callable[[], Child], hub: FakeH
     assert ended[0].out.splitlines()[0] == f"a.safetensors {hashlib.sha256(WEIGHTS).hexdigest()}"
 
 
+IMPATIENT = f"""
+from lading.sources import partial
+partial.SILENCE, before = 0.5, partial.SILENCE
+try:
+{textwrap.indent(FETCH, "    ")}
+finally:
+    partial.SILENCE = before
+"""
+
+
 @pytest.mark.slow
 def test_a_fetch_that_is_stopped_is_not_waited_for(
     start: Callable[[], Child], hub: FakeHub, client: HubClient, tmp_path: Path
@@ -455,10 +467,9 @@ def test_a_fetch_that_is_stopped_is_not_waited_for(
     hub.misbehave("a.safetensors", "drip", 1)
 
     process = start()
-    wait_for_a_part(tmp_path)
+    wait_for_a_part(process, tmp_path)
     process.signal(signal.SIGSTOP)
-    code = f"from lading.sources import partial; partial.SILENCE, before = 0.5, partial.SILENCE\n{FETCH}"
-    (file,) = client(f"{code}\npartial.SILENCE = before", uri="hg://Qwen/Large", progress=False)
+    (file,) = client(IMPATIENT, uri="hg://Qwen/Large", progress=False)
     assert file.path.read_bytes() == large
     process.kill()
     assert "no sign of life" in client.stderr()

@@ -147,7 +147,6 @@ def test_the_card_that_has_the_repository_counts(run: Run, hub: FakeHub, tmp_pat
     assert json.loads(run("show", "acme/tiny", "--json").stdout)["name"] == "z_base"
 
 
-@pytest.mark.slow
 def test_an_unknown_repository(run: Run, hub: FakeHub) -> None:
     for command in ("load", "check", "plan", "pull", "index"):
         stderr = run(command, "acme/none", code=2).stderr
@@ -177,7 +176,6 @@ def test_a_hub_that_cannot_be_reached_is_no_unknown_name(run: Run, hub: FakeHub)
     assert "acme/tiny" in run("load", "acme/tiny", code=5).stderr
 
 
-@pytest.mark.slow
 def test_the_tokenizer_of_a_repository(run: Run, hub: FakeHub) -> None:
     tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
     config = {"bos_token": "a"}

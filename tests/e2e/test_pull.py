@@ -145,7 +145,6 @@ def test_a_bit_that_flips_is_found_and_repaired(run: Run, hub: FakeHub, tmp_path
     assert "is not what the hub publishes" in run("load", "far", "--no-progress").stderr
 
 
-@pytest.mark.slow
 def test_a_hub_cache_without_links(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     plain = {"HF_HUB_DISABLE_SYMLINKS": "1"}
     run("pull", "far", "--no-progress", **plain)
@@ -178,7 +177,6 @@ def test_a_part_of_a_file_in_a_snapshot_is_fetched_again(run: Run, tmp_path: Pat
     assert link.read_bytes() == good
 
 
-@pytest.mark.slow
 def test_a_bit_that_flips_behind_an_unchanged_state(run: Run, hub: FakeHub, tmp_path: Path, catalog: Path) -> None:
     run("pull", "far", "--no-progress")
     run("load", "far", "--no-progress", "--verify", "always")  # records the digests of tensors
@@ -388,7 +386,6 @@ def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) ->
     assert all(Path(path).is_relative_to(tmp_path / "cache" / "blobs") for path in paths)
 
 
-@pytest.mark.slow
 def test_a_repair_that_fails_leaves_the_files_as_they_were(process: Run, web: str, tmp_path: Path) -> None:
     (tmp_path / "cards.yaml").write_text(qwen_card("web", f"{web}/model.safetensors.index.json"))
     cache = {"LADING_OFFLINE": "", "LADING_CACHE_DIR": str(tmp_path / "cache")}

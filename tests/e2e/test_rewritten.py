@@ -38,7 +38,6 @@ def made() -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_the_digest_of_the_original_is_not_that_of_what_was_made_of_it(published: None) -> None:
     load()
 
@@ -51,7 +50,6 @@ def test_the_digest_of_the_original_is_not_that_of_what_was_made_of_it(published
     assert get_asset_store().find_content(str(sha256)) is None, "a file of other bytes has this digest"
 
 
-@pytest.mark.slow
 def test_a_rewritten_file_that_changed_is_rewritten_again(published: None) -> None:
     expected = {name: tensor.clone() for name, tensor in load().items()}
     path = made()

@@ -19,14 +19,14 @@ QUANTIZATION: Mapping[str, object] = {
 
 
 def expand(scales: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The scale of each element."""
+    """Return the scale of each element."""
     scales = scales.repeat_interleave(128, -2).repeat_interleave(128, -1)
 
     return scales[..., : shape[-2], : shape[-1]]
 
 
 def quantize(weight: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
-    """Numbers and scales whose products are near ``weight``."""
+    """Return numbers and scales whose products are near ``weight``."""
     *outer, rows, columns = weight.shape
     down, across = -(-rows // 128), -(-columns // 128)
     padded = torch.zeros(*outer, down * 128, across * 128)
@@ -38,7 +38,7 @@ def quantize(weight: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[
 
 
 def values(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole tensor that they mean."""
+    """Return the plain tensor: each number times its scale."""
     return (numbers.float() * expand(scales, numbers.shape)).to(dtype)
 
 

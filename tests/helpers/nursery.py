@@ -133,6 +133,14 @@ class Child:
         """What it has written on stdout so far."""
         return self._files[0].read_text()
 
+    def complained(self) -> str:
+        """Return the text that it has written on stderr so far."""
+        return self._files[1].read_text()
+
+    def runs(self) -> bool:
+        """Return True unless it has ended; it is a zombie until it is waited for."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
@@ -210,7 +218,7 @@ def _no_locks(_: object) -> None:
 
 
 def _small_files(limit: int) -> None:
-    """No file may grow beyond ``limit`` bytes: where the disk would be full there is another errno."""
+    """Limit the size of files to ``limit`` bytes; a full disk has another errno."""
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -270,7 +278,7 @@ _own_mounts: list[bool] = []
 
 @lru_cache(maxsize=1)
 def may_mount() -> bool:
-    """Whether a process here may have mounts of its own."""
+    """Return True if a process here can have mounts of its own."""
     code = "import sys; from tests.helpers import nursery; nursery.mount('tmpfs', 'none', sys.argv[1], 0, 'size=64k')"
     done = subprocess.run(
         [sys.executable, "-c", code, "/tmp"],

@@ -40,9 +40,12 @@ def new(name: str) -> Module:
     return create_model(family, CONFIGS[name], gangs=gangs, dtype=torch.float32, meta=False).eval()
 
 
-def save(folder: Path, name: str, state: dict[str, Tensor]) -> Path:
+def save(folder: Path, name: str, state: dict[str, Tensor], *, consolidated: bool = False) -> Path:
     folder.mkdir()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    if consolidated:
+        torch.save(state, folder / "consolidated.00.pth")
+    else:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(get_family(name).to_hf(CONFIGS[name])))
     return folder
 
@@ -89,7 +92,7 @@ def test_the_names_of_mistral(home: Path, tmp_path: Path, below_one_another: boo
             joined = torch.cat([part.T if weight == "w2" else part for part in parts])
             state[f"layers.{layer}.{module}.{weight}"] = joined
 
-    same(load_model(save(tmp_path / "model", "mixtral", state)), model)
+    same(load_model(save(tmp_path / "model", "mixtral", state, consolidated=True)), model)
 
 
 @each_family

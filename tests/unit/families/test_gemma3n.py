@@ -292,7 +292,6 @@ def test_weights_of_coefficients_are_clipped_in_training_only(model: Any) -> Non
     assert clipped.get_parameter("model.layers.0.altup.correction_coefs.weight").max() == 500.0
 
 
-@pytest.mark.slow
 def test_it_compiles_without_breaks(model: Any) -> None:
     ids = torch.arange(1, 9)[None]
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -43,7 +43,7 @@ from tests.helpers.published_experts import manifest_of
 from tests.servers.hostile import serve
 
 SIZES = {"hidden_size": 144, "intermediate_size": 296, "head_dim": 36, "num_attention_heads": 8}
-"""Sizes that are no multiples of a block, and whose halves end inside one."""
+"""Sizes that are not multiples of a block, and whose halves end inside one."""
 
 CARD = {
     "model_dim": 144, "max_seq_len": 128, "vocab_size": 100, "tied_embeddings": True, "num_layers": 2,
@@ -52,6 +52,7 @@ CARD = {
 }  # fmt: skip
 
 UP = "model.layers.1.mlp.up_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +101,9 @@ def test_ranks_read_their_part_of_the_numbers_and_the_scales_that_it_needs(
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             if name in parts:
                 assert torch.equal(local, parts[name]), name
-        up = plain[UP].bfloat16()
-        dim, size = 0, up.shape[0] // 2
-        assert torch.equal(parts[UP], up.narrow(dim, rank * size, size))
+        dim, size = (1, 148) if "tp" in axes else (0, 72)
+        assert torch.equal(parts[UP], plain[UP].bfloat16().narrow(0, rank * 148, 148))
+        assert torch.equal(parts[DOWN], plain[DOWN].bfloat16().narrow(dim, rank * size, size))
 
 
 def test_a_check_counts_scales_as_parts_of_their_weights(made: tuple[Path, dict[str, Tensor]]) -> None:
