@@ -3,11 +3,11 @@
     python benchmarks/load_gangs.py                          # all states
     python benchmarks/load_gangs.py --rounds 9 --only 'lading tp=4' 'safetensors tp=4'
 
-The checkpoint is that of ``load_cpu.py``, 2.15 GB. Each run is a fresh process that is rank 0 of a world of four, of
-which it alone exists: nothing is sent, and what is measured is what a rank does by itself. Process group, imports and
-lists of shapes are had before the clock starts; the states and the rest are as in ``load_cpu.py``. "read" is what went
-through system calls that read, which a mapping does without; "beyond owned" is the peak of memory less the parameters
-of the rank.
+The checkpoint is that of ``load_cpu.py``, 2.15 GB. Each run is a fresh process that is rank 0 of a world of four; the
+other ranks do not exist: nothing is sent, and what is measured is what a rank does by itself. Process group, imports
+and lists of shapes are had before the clock starts; the states and the rest are as in ``load_cpu.py``. "read" is what
+went through system calls that read, which a mapping does without; "beyond owned" is the peak of memory less the
+parameters of the rank.
 
 - ``lading``: ``load_model`` with simulated gangs, from the catalog to the model.
 - ``safetensors``: ``safe_open`` and, for each tensor, ``get_slice(…)[…].contiguous()``; no model is made.

@@ -31,7 +31,7 @@ def examples(page: str) -> list[tuple[str, str]]:
 
 
 def matches(expected: str, written: str) -> bool:
-    """Whether ``written`` is what the page says, in which ``...`` stands for anything."""
+    """Return True if ``written`` is the text of the page, in which ``...`` stands for anything."""
     pattern = ".*".join(re.escape(part) for part in re.split(r"\.\.\.\n?", expected.rstrip("\n")))
 
     return re.fullmatch(pattern, written.rstrip("\n"), re.DOTALL) is not None

@@ -14,7 +14,7 @@ NAMES = {
 
 
 def separate(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The tensors of a model with stacked experts, as its publisher names and cuts them."""
+    """Return the tensors of a model with stacked experts as its publisher names and cuts them."""
     module, gate, up, down = NAMES[family]
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():

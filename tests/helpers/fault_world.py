@@ -35,7 +35,7 @@ class World:
     template: Path
     """The catalog with the cards ``far`` (on the hub), ``web`` and ``near``."""
     uris: dict[str, str]
-    """Of the cards, as the catalog has them."""
+    """The addresses of the checkpoints in the catalog, by the names of their cards."""
 
     def behave(self) -> None:
         """Both servers are honest, and have forgotten what they were asked."""

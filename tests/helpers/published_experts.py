@@ -15,7 +15,7 @@ SHARD = 4 << 30
 
 
 def separate_shapes(family: Family[Any, Any], config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The names and shapes of a model's tensors with ``gate_proj``, ``up_proj`` and ``down_proj`` of each expert."""
+    """Yield the names and shapes of a model's tensors, with ``gate_proj``, ``up_proj`` and ``down_proj`` per expert."""
     assert family.shapes is not None
     for name, shape in family.shapes(config).items():
         if isinstance(shape, str):
@@ -32,7 +32,7 @@ def separate_shapes(family: Family[Any, Any], config: Any) -> Iterator[tuple[str
 
 
 def manifest_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Manifest:
-    """The manifest of files with these tensors, by name with dtype and shape, one after another."""
+    """Return the manifest of files that hold these tensors one after another, by name with dtype and shape."""
     shard_ids, offsets, ends = array("I"), array("q"), [1 << 20]
     for dtype, shape in tensors.values():
         size = math.prod(shape) * BITS[dtype] // 8

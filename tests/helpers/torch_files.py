@@ -18,14 +18,14 @@ from lading.transfer.dtypes import TORCH_DTYPES
 
 
 def save(value: object, *, legacy: bool = False, protocol: int = 2) -> bytes:
-    """What ``torch.save`` writes."""
+    """Return the bytes that ``torch.save`` writes."""
     file = io.BytesIO()
     torch.save(value, file, _use_new_zipfile_serialization=not legacy, pickle_protocol=protocol)
     return file.getvalue()
 
 
 def save_shards(folder: Path, state: Mapping[str, torch.Tensor], count: int = 2) -> None:
-    """What old versions of transformers wrote of a large model: several files, and an index of them."""
+    """Write several files and their index, as old versions of transformers do."""
     names, weight_map = sorted(state), {}
     for i in range(count):
         file = f"pytorch_model-{i + 1:05}-of-{count:05}.bin"

@@ -54,7 +54,7 @@ def main(folder: Path) -> None:
         torch.manual_seed(len(name))
         encoder_config = JepaEncoderConfig(
             **{
-                "model_dim": 20,  # whose thirds and eighths are no even numbers
+                "model_dim": 20,  # whose thirds and eighths are odd or not whole
                 "input_dims": (16, 16),
                 "patch_dims": (4, 4),
                 "num_encoder_layers": 2,

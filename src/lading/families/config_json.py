@@ -98,7 +98,7 @@ class ConfigReader:
         return len(self._values)
 
     def values(self) -> dict[str, object]:
-        """All keys with their values."""
+        """Return all keys with their values."""
         return dict(self._values)
 
     def is_null(self, key: str) -> bool:

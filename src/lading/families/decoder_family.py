@@ -358,7 +358,7 @@ def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> li
 def default_layer_types(num_layers: int, *, every: int, full_last: bool = False) -> list[LayerType]:
     """Return the types of layers with a window in all but the last of ``every``.
 
-    :param full_last: whether the last layer of all has none either.
+    :param full_last: True if the last layer has no window, whatever its index.
 
     :raises ValueError: there are more layers than modules can be made of.
     """

@@ -234,9 +234,10 @@ def _default_sparsity(num_layers: int) -> list[float]:
 
 
 def _plan(spec: Gemma3nSpec) -> ParallelPlan:
-    """Return the parallel plan of a decoder, with what is new replicated, but for the table of embeddings per layer.
+    """Return the parallel plan of a decoder.
 
-    A layer can attend to keys and values of layers far before it, so that there are no pipeline stages.
+    Modules that only Gemma 3n has are replicated, except for the table of embeddings per layer. The plan has no
+    pipeline stages, because a layer can attend to keys and values of layers far before it.
     """
     plan = decoder_plan(spec)
     of_layer = (

@@ -112,7 +112,7 @@ def load_cooperatively(
     """
     with root.on_host() as host:
         if host.size > 1:
-            # Pieces are read as they lie in the files. The digests are those of tensors, so none is taken on the way.
+            # Pieces are read as they lie in the files. The digests are those of tensors, so reading does not hash.
             manifest, wanted, dims = planned.manifest.flat(), planned.wanted, planned.dims
             joint = Joint(
                 manifest, host.gather_objects(Demand.of(planned.plan)), None if planned.manifest.pieces else dims

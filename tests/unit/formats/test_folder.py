@@ -1,4 +1,4 @@
-"""The file of a folder that is the checkpoint, and the error if none is there."""
+"""The file of a folder that is the checkpoint, and the error if it is missing."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def _scalar(value: object) -> str:
 
 
 def _quoted(text: str) -> str:
-    """In double quotes; the escapes of JSON are some of those of YAML."""
+    """Return ``text`` in double quotes; YAML has all escapes of JSON."""
     return "".join(map(_printable, json.dumps(text, ensure_ascii=False)))
 
 

@@ -68,7 +68,7 @@ class TransformerEncoder(nn.Module):
     def encode(self, x: Tensor, padding: Tensor | None) -> EncoderOutput:
         """Encode (N, T, model_dim).
 
-        :raises ValueError: there are no vectors, or more than ``max_source_seq_len``.
+        :raises ValueError: the source is empty, or longer than ``max_source_seq_len``.
         """
         check_length("max_source_seq_len", self.max_seq_len, x.size(1))
 

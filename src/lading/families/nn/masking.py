@@ -72,7 +72,7 @@ class Masking(MaskingConfig):
     def spatial(self, batch_size: int, dim: int, device: torch.device) -> Tensor | None:
         """Draw a mask over features → (batch_size, dim), true where a feature is masked in all time steps, or ``None``.
 
-        :raises ValueError: there are no more features than in a span.
+        :raises ValueError: a span has as many features as the input, or more.
         """
         if self.max_spatial_mask_prob == 0.0:
             return None
