@@ -128,10 +128,6 @@ class ConfigReader:
 
         return value
 
-    def whole(self, key: str, default: int) -> int:
-        """Read an integer that is not negative."""
-        return 0 if self._get(key, default) == 0 else self.count(key, default)
-
     def maybe_count(self, key: str, default: int | None) -> int | None:
         """Read a positive integer, or null."""
         return None if self._get(key, default) is None else self.count(key, default or 0)
@@ -379,7 +375,7 @@ class ConfigTable(Generic[ConfigT]):
     spec: Callable[[ConfigT], Any]
     """The options of a model, a dataclass, equal for configurations of equal models.
 
-    :raises ValueError: no model is like that.
+    :raises ValueError: the configuration is not valid.
     """
     free: Collection[str] = ()
     """The options that a file need not describe, because they matter in training only; dropout is always free."""

@@ -342,7 +342,7 @@ def _scaling(section: ConfigReader, scaling_type: str | None) -> ConfigReader | 
 def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> list[LayerType]:
     """Return the type of attention of each layer.
 
-    :param every: one of so many has none where the file states no types.
+    :param every: the interval of layers without a window, if the file states no types.
 
     :raises NotSupportedError: other types.
     """

@@ -18,6 +18,7 @@ from lading.families.decoder_family import (
     read_rope,
 )
 from lading.families.name_rules import DECODER_RULES, expert_rules
+from lading.families.nn.checks import MAX_LAYERS
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.experts_spec import ExpertsSpec
 from lading.families.nn.latent_spec import LatentSpec
@@ -122,6 +123,8 @@ def _spec(config: DeepSeekConfig) -> DecoderSpec:
             f"`num_dense_layers` and `num_mtp_layers` must not be negative, but are {config.num_dense_layers} and "
             f"{config.num_mtp_layers}"
         )
+    if config.num_mtp_layers > MAX_LAYERS:
+        raise ValueError(f"`num_mtp_layers` must be at most {MAX_LAYERS}, but is {config.num_mtp_layers}")
     latent = LatentSpec(
         query_rank=config.query_rank,
         key_value_rank=config.key_value_rank,
@@ -213,7 +216,7 @@ CONFIG_JSON = ConfigTable(
         Field("value_dim", "v_head_dim", ConfigReader.count, 128),
         Field("attn_bias", "attention_bias", ConfigReader.flag, False),
         Field("interleaved_rope", "rope_interleave", ConfigReader.flag, True),
-        Field("num_dense_layers", "first_k_dense_replace", ConfigReader.whole, 3),
+        Field("num_dense_layers", "first_k_dense_replace", ConfigReader.count_or_zero, 3),
         Field("num_experts", "n_routed_experts", ConfigReader.count, 256),
         Field("top_k", "num_experts_per_tok", ConfigReader.count, 8),
         Field("expert_inner_dim", "moe_intermediate_size", ConfigReader.count, 2048),
@@ -222,7 +225,7 @@ CONFIG_JSON = ConfigTable(
         Field("top_k_groups", "topk_group", ConfigReader.count, 4),
         Field("normalize_scores", "norm_topk_prob", ConfigReader.flag, True),
         Field("score_scale", "routed_scaling_factor", ConfigReader.number, 2.5),
-        Field("num_mtp_layers", "num_nextn_predict_layers", ConfigReader.whole, 1),
+        Field("num_mtp_layers", "num_nextn_predict_layers", ConfigReader.count_or_zero, 1),
         Field("norm_eps", "rms_norm_eps", ConfigReader.number, 1e-6),
         KeyGroup(ROPE_KEYS, _read_rope, _rope_keys),
     ),

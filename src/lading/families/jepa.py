@@ -194,8 +194,11 @@ CONFIG_JSON = ConfigTable(
 
 def _to_hf(config: JepaConfig) -> Mapping[str, object]:
     if len(config.encoder_config.patch_dims) != 2 or not config.encoder_config.learned_positions:
+        found = config.encoder_config
         raise NotSupportedError(
-            "A config.json of the type 'ijepa' describes only models of images with `learned_positions`."
+            "A config.json of the type 'ijepa' describes models of images with `learned_positions`, but `patch_dims` "
+            f"is {list(found.patch_dims)} and `learned_positions` is {found.learned_positions}. Write the "
+            "checkpoint in lading's own names with `lading convert`."
         )
 
     return CONFIG_JSON.write(config)

@@ -231,7 +231,10 @@ def _attention_keys(config: Llama4Config) -> Mapping[str, object]:
 
 def _read_switch(keys: ConfigReader, key: str, default: bool) -> bool:
     """Read a boolean, or a count, as the published files state it."""
-    return keys.flag(key, default) if isinstance(keys.values().get(key, default), bool) else keys.count(key, 1) > 0
+    if isinstance(keys.values().get(key, default), bool):
+        return keys.flag(key, default)
+
+    return keys.count_or_zero(key, 1) > 0
 
 
 CONFIG_JSON = ConfigTable(

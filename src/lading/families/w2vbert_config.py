@@ -60,7 +60,7 @@ class W2VBertConfig:
 def check(config: W2VBertConfig) -> None:
     """Require layers for both tasks, codebooks to predict, and no dropped layers.
 
-    :raises ValueError: they are not there.
+    :raises ValueError: a number of layers or codebooks is not valid, or layers are dropped.
     """
     require_positive(config, "num_bert_encoder_layers", "num_target_codebooks")
     encoder = config.w2v2_config.encoder_config

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lading.errors import ModelConfigError, NotSupportedError, PolicyError
+from lading.errors import ModelCheckpointMismatchError, ModelConfigError, NotSupportedError, PolicyError
 from lading.families.deepseek import FAMILY, DeepSeekConfig, get_deepseek_model_hub
 from lading.gangs import simulate_gangs
 from lading.models.construct import build_on_meta
@@ -233,3 +233,13 @@ def test_scaled_weights_in_one_tensor(state: dict[str, Tensor], tmp_path: Path) 
 
     found = load_model(folder, dtype=torch.float32, progress=False).state_dict()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_nextn_predict_layers", 2**30), ("num_nextn_predict_layers", False), ("first_k_dense_replace", False)],
+)
+def test_numbers_of_layers_that_are_not_valid(key: str, value: object) -> None:
+    assert FAMILY.from_hf is not None
+    with pytest.raises(ModelCheckpointMismatchError):
+        FAMILY.from_hf({**PUBLISHED, key: value})

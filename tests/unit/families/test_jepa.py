@@ -77,6 +77,15 @@ def test_a_skipped_block_leaves_an_input_as_it_is() -> None:
 
 
 @torch.no_grad()
+def test_the_pooler_drops_no_outputs() -> None:
+    encoder = replace(IMAGES, dropout_p=0.5, droppath_p=0.5)
+    model = get_jepa_classifier_model_hub().create_new_model(JepaClassifierConfig(encoder_config=encoder)).train()
+    x = torch.randn(4, 16, 24)
+
+    assert torch.equal(model.attn_pooler(x), model.attn_pooler(x))
+
+
+@torch.no_grad()
 def test_half_precision() -> None:
     model, x = make(), torch.randn(1, 3, 16, 16)
     expected = model(x)

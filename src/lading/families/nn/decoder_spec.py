@@ -150,7 +150,10 @@ class DecoderSpec:
         optional = ("window_rope_theta", "attn_window_len", "attn_scale", "final_logit_soft_cap")
         require_positive(self, *(name for name in optional if getattr(self, name) is not None))
         require_multiple(self, "num_attn_heads", "num_key_value_heads")
-        require_size("the width of all attention heads together", self.num_attn_heads * self.attn_head_dim)
+        width = self.attn_head_dim
+        if self.latent is not None:
+            width = max(self.latent.query_dim, self.latent.head_dim + self.latent.value_dim)
+        require_size("the width of all attention heads together", self.num_attn_heads * width)
         if self.attn_head_dim % 2 != 0:
             raise ValueError(f"the heads must be of even width for rotary embeddings, but are of {self.attn_head_dim}")
         if self.latent is not None and self.num_key_value_heads != self.num_attn_heads:

@@ -174,6 +174,12 @@ def _check_mask(name: str, mask: Tensor | None, shape: Sequence[int]) -> None:
 
 
 def check_length(name: str, most: int, length: int) -> None:
+    """Require a sequence of 1 to ``most`` elements.
+
+    :param name: the field with ``most``, for the message.
+
+    :raises ValueError: its length is another.
+    """
     if not 0 < length <= most:
         raise ValueError(f"the model's `{name}` is {most}, but the sequence is of length {length}")
 

@@ -5,6 +5,8 @@ The names of parameters are those of Hugging Face checkpoints of I-JEPA, and fai
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,9 @@ class AttentivePooler(nn.Module):
         depth = config.pool_depth
 
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, spec.model_dim))
-        self.decoder_layer = CrossAttentionLayer(spec, depth + 1, project=config.decoder_projection)
+        # As in fairseq2, this layer drops attention weights only.
+        plain = replace(spec, dropout_p=0.0, droppath_p=0.0)
+        self.decoder_layer = CrossAttentionLayer(plain, depth + 1, project=config.decoder_projection)
         self.encoder = LayerStack(VisionLayer(spec, i) for i in range(1, depth + 1)) if depth > 1 else None
         self.layernorm = LayerNorm(spec.model_dim, eps=spec.norm_eps) if depth > 1 else None
 

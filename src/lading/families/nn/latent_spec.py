@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lading.families.nn.checks import require_positive, require_size
+from lading.families.nn.checks import require_positive
 from lading.families.nn.shapes import Shapes, projection
 
 
@@ -46,7 +46,6 @@ class LatentSpec:
     def shapes(self, model_dim: int, num_heads: int) -> Shapes:
         """Return the names and shapes of the parameters, in a model of width ``model_dim``."""
         queries, expanded = num_heads * self.query_dim, num_heads * (self.head_dim + self.value_dim)
-        require_size("the width of all attention heads together", max(queries, expanded))
         if self.query_rank is None:
             found = projection("q_proj", model_dim, queries, bias=False)
         else:

@@ -119,6 +119,7 @@ class W2VBert(nn.Module):
 
 @torch.no_grad()
 def init_w2vbert(model: W2VBert, config: W2VBertConfig, name: str, parameter: Tensor) -> None:
+    """Initialize ``parameter`` randomly, by the part of the model that it belongs to."""
     part, _, rest = name.partition(".")
     if part == "w2v2_model":
         init_wav2vec2(model.w2v2_model, config.w2v2_config, rest, parameter)

@@ -191,6 +191,7 @@ def contrastive_logits(states: Tensor, targets: Tensor, distractors: Tensor, *, 
 
 
 def init_wav2vec2(model: Wav2Vec2, config: Wav2Vec2Config, name: str, parameter: Tensor) -> None:
+    """Initialize ``parameter`` randomly, by the part of the model that it belongs to."""
     part, _, rest = name.partition(".")
     if part == "wav2vec2":
         init_speech(model.wav2vec2, rest, parameter, std=config.encoder_config.init_std)
