@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 
 FAMILIES = {
     "gemma3n": "gemma3n",
+    "hg": "hg",
     "jepa": "jepa",
     "llama": "llama",
     "llama4": "llama",
