@@ -407,9 +407,17 @@ def start(nursery: Nursery, hub: FakeHub, tmp_path: Path) -> Callable[[], Child]
 
 
 def wait_for_a_part(process: Child, folder: Path) -> None:
-    while not any(p.stat().st_size for p in folder.rglob("*.incomplete")):
+    while not any(map(has_bytes, folder.rglob("*.incomplete"))):
         assert process.runs(), process.complained()
         time.sleep(0.02)
+
+
+def has_bytes(path: Path) -> bool:
+    """Return True if the file has bytes; a part that is complete is renamed at any time."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
