@@ -1,4 +1,4 @@
-"""Gemma 3n: what its files say, and which tensors of which layout it takes."""
+"""Gemma 3n: the keys of its config.json, and the tensors that each layout of its checkpoints has."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -16,9 +17,9 @@ class LanguageModel(nn.Module):
 
     lm_head: Linear | None
 
+    @abstractmethod
     def embedding(self) -> Embedding | None:
         """Return the module whose table a tied head uses, or ``None`` if this part of the model does not have it."""
-        raise NotImplementedError
 
     def _add_head(self, model_dim: int, vocab_size: int, *, tied: bool) -> None:
         self.tied_embeddings = tied
